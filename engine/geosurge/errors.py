@@ -1,0 +1,260 @@
+"""Every error that the engine raises on purpose.
+
+The tree has four groups, and each class carries what every caller needs to act on it:
+
+- ``grpc_code``: the name of the gRPC status code a server answers with;
+- ``reason``: a stable, machine-readable string (``google.rpc.ErrorInfo.reason`` on the wire, ``error.reason`` in JSON);
+- ``exit_code``: the exit code of a command that stops because of it (see the table in the README).
+
+| group | raised when | exit code |
+|---|---|---|
+| `InputError` | one input cannot be answered; the next one can | 1 |
+| `UsageError` | a setting, a flag or a recipe is wrong | 2 |
+| `BundleError` | an index bundle or store cannot be used | 3 |
+| `ServiceError` | the engine is busy, stopping or unreachable | 3 |
+
+The message always says what is wrong, with which input, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GeoSurgeError(Exception):
+    """Base of all errors raised by the engine."""
+
+    grpc_code: ClassVar[str] = "INTERNAL"
+    reason: ClassVar[str] = "INTERNAL"
+    exit_code: ClassVar[int] = 3
+
+
+class InputError(GeoSurgeError):
+    """One input cannot be answered; others are not affected."""
+
+    grpc_code = "INVALID_ARGUMENT"
+    reason = "INPUT_INVALID"
+    exit_code = 1
+
+
+class QueryMissingError(InputError):
+    """The request holds neither an image nor an embedding."""
+
+    reason = "QUERY_MISSING"
+
+
+class InputNotReadableError(InputError):
+    """A file cannot be read."""
+
+    reason = "INPUT_NOT_READABLE"
+
+
+class ImageError(InputError):
+    """The image cannot be used."""
+
+    reason = "IMAGE_INVALID"
+
+
+class ImageEmptyError(ImageError):
+    """The image has no bytes."""
+
+    reason = "IMAGE_EMPTY"
+
+
+class ImageNotDecodableError(ImageError):
+    """The bytes are not an image, or are a damaged one."""
+
+    reason = "IMAGE_NOT_DECODABLE"
+
+
+class ImageTruncatedError(ImageError):
+    """The image ends before its pixels do."""
+
+    reason = "IMAGE_TRUNCATED"
+
+
+class ImageTooSmallError(ImageError):
+    """A side of the image is shorter than the limit."""
+
+    reason = "IMAGE_TOO_SMALL"
+
+
+class ImageTooLargeError(ImageError):
+    """The encoded image has more bytes than the limit."""
+
+    reason = "IMAGE_TOO_LARGE"
+
+
+class ImageTooManyPixelsError(ImageError):
+    """The image's header announces more pixels than the limit."""
+
+    reason = "IMAGE_TOO_MANY_PIXELS"
+
+
+class ImageFormatUnsupportedError(ImageError):
+    """The image is of a format that is not on the list."""
+
+    reason = "IMAGE_FORMAT_UNSUPPORTED"
+
+
+class EmbeddingInvalidError(InputError):
+    """A query embedding has the wrong length, is zero, or is not finite."""
+
+    reason = "EMBEDDING_INVALID"
+
+
+class OptionOutOfRangeError(InputError):
+    """An option of a request is outside its range."""
+
+    reason = "OPTION_OUT_OF_RANGE"
+
+
+class RegionCellUnknownError(InputError):
+    """A region filter names a cell that the index does not have."""
+
+    reason = "REGION_CELL_UNKNOWN"
+
+
+class RegionEmptyError(InputError):
+    """A region filter leaves no leaf to answer with."""
+
+    reason = "REGION_EMPTY"
+
+
+class LevelOutOfRangeError(InputError):
+    """A level is outside 1 to L."""
+
+    reason = "LEVEL_OUT_OF_RANGE"
+
+
+class CoordinateOutOfRangeError(InputError):
+    """A coordinate is not finite or not on the globe."""
+
+    reason = "COORDINATE_OUT_OF_RANGE"
+
+
+class PageInvalidError(InputError):
+    """A page token was not issued by this server."""
+
+    reason = "PAGE_INVALID"
+
+
+class CellUnknownError(InputError):
+    """The index has no cell with the token asked for."""
+
+    grpc_code = "NOT_FOUND"
+    reason = "CELL_UNKNOWN"
+
+
+class IndexVersionUnknownError(InputError):
+    """No index version of this name is loaded."""
+
+    grpc_code = "NOT_FOUND"
+    reason = "INDEX_VERSION_UNKNOWN"
+
+
+class UsageError(GeoSurgeError):
+    """A flag, a setting or a recipe is wrong."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "USAGE"
+    exit_code = 2
+
+
+class ConfigurationError(UsageError):
+    """A configuration file or recipe holds a wrong or unknown value."""
+
+    reason = "CONFIGURATION_INVALID"
+
+
+class BundleError(GeoSurgeError):
+    """An index bundle cannot be used."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "BUNDLE_INVALID"
+    exit_code = 3
+
+
+class BundleNotFoundError(BundleError):
+    """There is no bundle at the path or of the name given."""
+
+    reason = "BUNDLE_NOT_FOUND"
+
+
+class BundlePartialError(BundleError):
+    """A bundle misses files, or its manifest."""
+
+    reason = "BUNDLE_PARTIAL"
+
+
+class BundleCorruptError(BundleError):
+    """A file of a bundle is not what the manifest says."""
+
+    reason = "BUNDLE_CORRUPT"
+
+
+class BundleSchemaError(BundleError):
+    """A bundle's manifest is of a schema that this engine does not read."""
+
+    reason = "BUNDLE_SCHEMA_UNSUPPORTED"
+
+
+class BundleEncoderMismatchError(BundleError):
+    """A bundle's encoder does not produce the vectors that its indexes hold."""
+
+    reason = "BUNDLE_ENCODER_MISMATCH"
+
+
+class BundleInconsistentError(BundleError):
+    """The parts of a bundle (indexes, tree, manifest) contradict each other."""
+
+    reason = "BUNDLE_INCONSISTENT"
+
+
+class StoreError(BundleError):
+    """An index store cannot do what was asked of it."""
+
+    reason = "STORE_INVALID"
+
+
+class EncoderError(GeoSurgeError):
+    """An encoder cannot be built or loaded."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "ENCODER_UNAVAILABLE"
+    exit_code = 3
+
+
+class ServiceError(GeoSurgeError):
+    """The engine cannot take the request now."""
+
+    grpc_code = "UNAVAILABLE"
+    reason = "UNAVAILABLE"
+    exit_code = 3
+
+
+class OverloadedError(ServiceError):
+    """All permits are taken; try again after the time that comes with the error."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    reason = "OVERLOADED"
+
+
+class MessageTooLargeError(ServiceError):
+    """A message is over the transport's limit."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    reason = "MESSAGE_TOO_LARGE"
+
+
+class DeadlineExceededError(ServiceError):
+    """The deadline passed before an answer was ready."""
+
+    grpc_code = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
+
+
+class ShuttingDownError(ServiceError):
+    """The server is stopping and takes no new requests."""
+
+    reason = "SHUTTING_DOWN"

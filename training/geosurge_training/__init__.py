@@ -1,0 +1,1 @@
+"""Trains GeoSURGE encoders and geocell embeddings, and builds index bundles from them."""
