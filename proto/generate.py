@@ -6,6 +6,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+from google.rpc import status_pb2
 from grpc_tools import protoc
 
 PROTO_ROOT = Path(__file__).resolve().parent
@@ -23,7 +24,7 @@ def generate(output_root: Path) -> None:
     """
     (output_root / "geosurge" / "v1").mkdir(parents=True, exist_ok=True)
     well_known = resources.files("grpc_tools") / "_proto"
-    googleapis = Path(str(resources.files("google.rpc"))).parents[1]
+    googleapis = Path(status_pb2.__file__).parents[2]
     sources = sorted(str(path.relative_to(PROTO_ROOT)) for path in PROTO_ROOT.glob("geosurge/v1/*.proto"))
     status = protoc.main(
         [
