@@ -1,0 +1,192 @@
+"""Latent cross-attention of a semantic map with an image's tokens (GeoSURGE, arXiv 2510.01448, section 3.2).
+
+Semantic tokens are the queries and RGB tokens the keys and values; three blocks of attention, MLP, residuals and
+LayerNorm; the fused class token is normalised, projected and scaled to unit length: the visual embedding `v`.
+
+Where the paper does not say, OURS:
+
+- attention runs in `latent_width` (64) between tokens of `width` (128), with pre-norm;
+- the query sequence has a class token of its own, learned;
+- keys and values are the RGB tokens *and the query sequence itself*, as in a Perceiver resampler. With RGB tokens alone
+  nothing would ever flow from one query to another, so the class token could not see the semantic map;
+- both sequences get learned position embeddings, so that layout matters and not only content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geosurge.errors import EncoderError
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Sizes of the fusion module.
+
+    Attributes:
+        dimension: Length of the visual embedding `v`.
+        width: Width of the fused tokens.
+        latent_width: Width in which attention is done.
+        heads: Attention heads; they share `latent_width`.
+        blocks: Number of cross-attention blocks.
+        mlp_ratio: Hidden width of each MLP, in units of `width`.
+        dropout: Dropout on attention and MLP outputs while training.
+    """
+
+    dimension: int = 768
+    width: int = 128
+    latent_width: int = 64
+    heads: int = 4
+    blocks: int = 3
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+
+
+class LatentCrossAttention(nn.Module):
+    """Multi-head attention from queries to a context, in a width narrower than the tokens'."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        if config.latent_width % config.heads:
+            raise EncoderError(f"latent_width {config.latent_width} is not divisible by {config.heads} heads")
+        self.heads = config.heads
+        self.query = nn.Linear(config.width, config.latent_width)
+        self.key_value = nn.Linear(config.width, 2 * config.latent_width)
+        self.output = nn.Linear(config.latent_width, config.width)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """Attends.
+
+        Args:
+            queries: (n, q, width).
+            context: (n, t, width).
+
+        Returns:
+            (n, q, width).
+        """
+        query, key, value = self._project(queries, context)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        projected: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return projected
+
+    def weights(self, queries: Tensor, context: Tensor) -> Tensor:
+        """Attention weights of the same call, for inspection.
+
+        Args:
+            queries: (n, q, width).
+            context: (n, t, width).
+
+        Returns:
+            (n, heads, q, t); each row sums to one.
+        """
+        query, key, _ = self._project(queries, context)
+        return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1)
+
+    def _project(self, queries: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = self.key_value(context).chunk(2, dim=-1)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(queries), key, value)
+        )
+        return query, key, value
+
+
+class FusionBlock(nn.Module):
+    """Cross-attention and an MLP, each after a LayerNorm and inside a residual."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio)
+        self.query_norm = nn.LayerNorm(config.width)
+        self.context_norm = nn.LayerNorm(config.width)
+        self.attention = LatentCrossAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = nn.Sequential(nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, queries: Tensor, rgb: Tensor) -> Tensor:
+        """Updates the queries.
+
+        Args:
+            queries: (n, q, width).
+            rgb: (n, t, width).
+
+        Returns:
+            (n, q, width).
+        """
+        queries = queries + self.dropout(self.attention(*self.attention_inputs(queries, rgb)))
+        updated: Tensor = queries + self.dropout(self.mlp(self.mlp_norm(queries)))
+        return updated
+
+    def attention_inputs(self, queries: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised queries, and the context of RGB tokens followed by the queries."""
+        normalised = self.query_norm(queries)
+        return normalised, torch.cat([self.context_norm(rgb), normalised], dim=1)
+
+
+class Fusion(nn.Module):
+    """Joins RGB tokens and class fractions into one unit vector."""
+
+    def __init__(self, config: FusionConfig, vision_width: int, token_count: int, class_count: int, cells: int) -> None:
+        """Builds the module.
+
+        Args:
+            config: Sizes.
+            vision_width: Width of the vision tower's tokens.
+            token_count: Number of the vision tower's tokens.
+            class_count: Number of semantic classes.
+            cells: Rows times columns of the patch grid, the number of semantic tokens.
+        """
+        super().__init__()
+        self.config = config
+        self.vision_projection = nn.Linear(vision_width, config.width)
+        self.vision_position = nn.Parameter(torch.randn(token_count, config.width) * 0.02)
+        self.semantic_projection = nn.Linear(class_count, config.width)
+        self.semantic_position = nn.Parameter(torch.randn(cells, config.width) * 0.02)
+        self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.width)
+        self.projection = nn.Linear(config.width, config.dimension)
+
+    def forward(self, rgb: Tensor, fractions: Tensor) -> Tensor:
+        """Fuses.
+
+        Args:
+            rgb: (n, token_count, vision_width) tokens of the vision tower.
+            fractions: (n, cells, class_count) class fractions.
+
+        Returns:
+            (n, dimension) float32, unit rows: the visual embedding `v`.
+        """
+        queries, context = self._embed(rgb, fractions)
+        for block in self.blocks:
+            queries = block(queries, context)
+        return F.normalize(self.projection(self.norm(queries[:, 0])).float(), dim=-1)
+
+    @torch.no_grad()
+    def attention_weights(self, rgb: Tensor, fractions: Tensor) -> list[Tensor]:
+        """Attention weights of every block, for inspection.
+
+        Args:
+            rgb: As for `forward`.
+            fractions: As for `forward`.
+
+        Returns:
+            For each block (n, heads, 1 + cells, token_count + 1 + cells): from the class token and the semantic tokens to
+            the RGB tokens, the class token and the semantic tokens.
+        """
+        queries, context = self._embed(rgb, fractions)
+        weights = []
+        for block in self.blocks:
+            weights.append(block.attention.weights(*block.attention_inputs(queries, context)))
+            queries = block(queries, context)
+        return weights
+
+    def _embed(self, rgb: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
+        context = self.vision_projection(rgb) + self.vision_position
+        semantic = self.semantic_projection(fractions) + self.semantic_position
+        class_token = self.class_token.expand(len(semantic), 1, -1)
+        return torch.cat([class_token.to(semantic.dtype), semantic], dim=1), context

@@ -1,0 +1,260 @@
+"""The whole encoder: canonical pixels in, unit visual embeddings out; saved as a JSON configuration and safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from geosurge.encoder.fusion import Fusion, FusionConfig
+from geosurge.encoder.segmentation import SegmentationConfig, Segmenter
+from geosurge.encoder.vision import VisionConfig, VisionTower
+from geosurge.errors import EncoderError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Everything that is needed to rebuild an encoder but its weights.
+
+    Attributes:
+        vision: The vision tower.
+        segmentation: The segmenter.
+        fusion: The fusion module.
+        weight_dtype: Type that the weights are stored in; they are computed with in float32.
+    """
+
+    vision: VisionConfig
+    segmentation: SegmentationConfig
+    fusion: FusionConfig
+    weight_dtype: Literal["float32", "float16"] = "float32"
+
+    @classmethod
+    def full_size(cls) -> Self:
+        """The encoder of GeoSURGE: CLIP ViT-L/14-336 and OneFormer Swin-L."""
+        return cls(VisionConfig.clip_vit_large_336(), SegmentationConfig.oneformer_ade20k_swin_large(), FusionConfig())
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Reads a configuration from its JSON form.
+
+        Args:
+            fields: What `asdict` gave, as parsed from JSON.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            EncoderError: A field is missing or unknown.
+        """
+
+        def as_tuples(section: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+
+        try:
+            known = dict(fields)
+            return cls(
+                vision=VisionConfig(**as_tuples(known.pop("vision"))),
+                segmentation=SegmentationConfig(**as_tuples(known.pop("segmentation"))),
+                fusion=FusionConfig(**known.pop("fusion")),
+                **known,
+            )
+        except (KeyError, TypeError) as error:
+            raise EncoderError(f"encoder configuration has a missing or unknown field: {error}") from error
+
+
+class ImageEncoder(nn.Module):
+    """Frozen or trained vision tower + frozen segmenter + fusion."""
+
+    def __init__(
+        self, config: EncoderConfig, vision: VisionTower | None = None, segmenter: Segmenter | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision) if vision is None else vision
+        self.segmenter = Segmenter(config.segmentation) if segmenter is None else segmenter
+        rows, columns = self.vision.grid
+        self.fusion = Fusion(
+            config.fusion,
+            vision_width=self.vision.width,
+            token_count=self.vision.token_count,
+            class_count=config.segmentation.class_count,
+            cells=rows * columns,
+        )
+
+    @property
+    def dimension(self) -> int:
+        """Length of the visual embedding."""
+        return self.config.fusion.dimension
+
+    @property
+    def image_size(self) -> int:
+        """Side of the canonical square that both towers' inputs are made from, pixels."""
+        return max(self.config.vision.image_size, self.config.segmentation.image_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.fusion.class_token.device
+
+    @property
+    def preprocessing_id(self) -> str:
+        """Names the way from a decoded image to canonical pixels; an index is only valid with the same one."""
+        return f"shortest-side-{self.image_size}-bicubic-centre-crop-v1"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every weight, hexadecimal: two encoders with one fingerprint agree."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def preprocess(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Brings an image to canonical pixels: shortest side to `image_size` (bicubic, antialiased), centre crop.
+
+        Safe to call from many threads at once.
+
+        Args:
+            image: RGB, upright, any size.
+
+        Returns:
+            (3, image_size, image_size) uint8.
+        """
+        side = self.image_size
+        width, height = image.size
+        # The crop is taken in source coordinates, so that the resampling touches no pixel that is thrown away.
+        shortest = min(width, height)
+        left, top = (width - shortest) / 2, (height - shortest) / 2
+        if image.size != (side, side):
+            box = (left, top, left + shortest, top + shortest)
+            image = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Embeds canonical pixels.
+
+        Args:
+            pixels: (n, 3, s, s) uint8.
+
+        Returns:
+            (n, dimension) float32, unit rows.
+        """
+        seen = self.vision(pixels)
+        embeddings: Tensor = self.fusion(seen.tokens, self.segmenter(pixels, seen.grid))
+        return embeddings
+
+    @torch.inference_mode()
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Embeds canonical pixels for search.
+
+        Args:
+            pixels: (n, 3, image_size, image_size) uint8, as `preprocess` makes them; n may be 0.
+
+        Returns:
+            (n, dimension) float32, unit rows.
+
+        Raises:
+            ValueError: The array has another shape or type.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"pixels must be (n, {', '.join(map(str, expected))}) uint8, not {pixels.shape} {pixels.dtype}"
+            )
+        if len(pixels) == 0:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        embeddings: npt.NDArray[np.float32] = self(torch.from_numpy(pixels).to(self.device)).cpu().numpy()
+        return embeddings
+
+    @torch.inference_mode()
+    def attention_weights(self, pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        """Attention weights of every fusion block; see `Fusion.attention_weights` for the axes."""
+        batch = torch.from_numpy(pixels).to(self.device)
+        seen = self.vision(batch)
+        weights = self.fusion.attention_weights(seen.tokens, self.segmenter(batch, seen.grid))
+        return [block.cpu().numpy() for block in weights]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters of each part."""
+        parts = {"vision": self.vision, "segmentation": self.segmenter, "fusion": self.fusion}
+        return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+
+    def round_to_storage(self) -> Self:
+        """Rounds every weight to what will be stored, so that the encoder in memory is the one that is saved."""
+        if self.config.weight_dtype == "float16":
+            with torch.no_grad():
+                for tensor in self.state_dict().values():
+                    if tensor.is_floating_point():
+                        tensor.copy_(tensor.to(torch.float16).to(tensor.dtype))
+        return self
+
+    def save(self, directory: Path) -> None:
+        """Writes `config.json` and `model.safetensors`.
+
+        Args:
+            directory: Created when missing.
+
+        Raises:
+            ValueError: The weights do not survive the storage type; call `round_to_storage` first.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        stored_dtype = getattr(torch, self.config.weight_dtype)
+        stored = {}
+        for name, tensor in self.state_dict().items():
+            values = tensor.detach().cpu().contiguous()
+            stored[name] = values.to(stored_dtype) if values.is_floating_point() else values
+            if not torch.equal(stored[name].to(values.dtype), values):
+                raise ValueError(
+                    f"{name} is not representable in {self.config.weight_dtype}: call round_to_storage() first"
+                )
+        (directory / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n")
+        save_file(stored, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> Self:
+        """Reads an encoder that `save` wrote.
+
+        Args:
+            directory: The encoder's directory.
+            device: Torch device to put it on.
+
+        Returns:
+            The encoder in evaluation mode.
+
+        Raises:
+            EncoderError: A file is missing or damaged, or weights and configuration do not fit.
+        """
+        try:
+            fields = json.loads((directory / CONFIG_FILE).read_text())
+            weights = load_file(directory / WEIGHTS_FILE)
+        except FileNotFoundError as error:
+            raise EncoderError(f"encoder in {directory} misses {Path(error.filename or WEIGHTS_FILE).name}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+            raise EncoderError(f"encoder in {directory} cannot be read: {error}") from error
+        with torch.device("cpu"):
+            encoder = cls(EncoderConfig.from_dict(fields))
+        wanted = encoder.state_dict()
+        widened = {
+            name: tensor.to(wanted[name].dtype) if name in wanted else tensor for name, tensor in weights.items()
+        }
+        try:
+            encoder.load_state_dict(widened)
+        except RuntimeError as error:
+            raise EncoderError(f"encoder in {directory}: weights do not fit the configuration: {error}") from error
+        return encoder.to(device).eval()

@@ -1,0 +1,149 @@
+"""The vision tower: any transformers vision model that yields a grid of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPVisionModel
+
+from geosurge.encoder.backbones import backbone_config, load_pretrained, normalise_pixels
+from geosurge.errors import EncoderError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Configuration of the vision tower.
+
+    Attributes:
+        backbone: Fields of the transformers configuration, `model_type` among them.
+        image_size: Side of the square that the tower sees, pixels.
+        mean: Channel means, 0 to 1.
+        std: Channel standard deviations, 0 to 1.
+        frozen: The weights are not trained and the tower runs without gradients.
+    """
+
+    backbone: Mapping[str, Any]
+    image_size: int
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    frozen: bool = True
+
+    @classmethod
+    def clip_vit_large_336(cls) -> Self:
+        """CLIP ViT-L/14 at 336 pixels, the tower of GeoSURGE (`openai/clip-vit-large-patch14-336`)."""
+        return cls(
+            backbone={
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "projection_dim": 768,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+                "image_size": 336,
+            },
+            image_size=336,
+        )
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """What the tower saw.
+
+    Attributes:
+        tokens: (n, t, c): the grid's tokens row by row, after any class token the model has.
+        grid: Rows and columns of the grid.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int] = field()
+
+
+class VisionTower(nn.Module):
+    """Runs a transformers vision model and returns its tokens.
+
+    Convolutional models give a (n, c, h, w) map and transformers (n, t, c) sequences; both come out as sequences. The
+    last hidden state is read, never a pooled or projected feature: the model's own helpers for those changed their return
+    type between transformers 4 and 5.
+    """
+
+    def __init__(self, config: VisionConfig, backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        # Attention kernels are picked by torch; weights are float32 whatever the configuration was saved with.
+        self.backbone = AutoModel.from_config(backbone_config(config.backbone)) if backbone is None else backbone
+        if config.frozen:
+            self.requires_grad_(requires_grad=False)
+        with torch.no_grad():
+            was_training = self.backbone.training
+            probe = self.backbone.eval()(torch.zeros(1, 3, config.image_size, config.image_size)).last_hidden_state
+            self.backbone.train(was_training)
+        self.grid, self.width, self.token_count = _grid_of(probe, config)
+
+    @classmethod
+    def from_pretrained(cls, source: str, revision: str | None = None, *, frozen: bool = True) -> Self:
+        """Loads a CLIP vision tower from a directory or a hub id and revision.
+
+        Args:
+            source: Local directory or hub id.
+            revision: Commit of the hub repository.
+            frozen: See `VisionConfig.frozen`.
+
+        Returns:
+            The tower, with a configuration that rebuilds it without the source.
+
+        Raises:
+            EncoderError: A file is missing.
+        """
+        is_clip = "clip" in source.lower()
+        backbone = load_pretrained(CLIPVisionModel if is_clip else AutoModel, source, revision)
+        settings = {key: value for key, value in backbone.config.to_diff_dict().items() if not key.startswith("_")}
+        settings["model_type"] = backbone.config.model_type
+        size = getattr(backbone.config, "image_size", 224)
+        image_size = size if isinstance(size, int) else int(size[0])
+        return cls(replace(VisionConfig(settings, image_size), frozen=frozen), backbone)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches training mode; a frozen tower stays in evaluation mode."""
+        return super().train(mode and not self.config.frozen)
+
+    def forward(self, pixels: Tensor) -> VisionTokens:
+        """Encodes canonical pixels.
+
+        Args:
+            pixels: (n, 3, s, s) uint8.
+
+        Returns:
+            The tokens of the last layer.
+        """
+        inputs = normalise_pixels(pixels, self.config.image_size, self.config.mean, self.config.std)
+        if inputs.device.type == "cpu" or not self.config.frozen:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
+            hidden = self.backbone(inputs).last_hidden_state
+        if hidden.ndim == 4:
+            hidden = hidden.flatten(2).transpose(1, 2)
+        return VisionTokens(hidden, self.grid)
+
+
+def _grid_of(hidden: Tensor, config: VisionConfig) -> tuple[tuple[int, int], int, int]:
+    """Reads grid, token width and token count off one output of the backbone."""
+    if hidden.ndim == 4:
+        rows, columns = int(hidden.shape[2]), int(hidden.shape[3])
+        return (rows, columns), int(hidden.shape[1]), rows * columns
+    count, width = int(hidden.shape[1]), int(hidden.shape[2])
+    patch = config.backbone.get("patch_size")
+    side = config.image_size // int(patch) if patch else int(count**0.5)
+    if side * side > count:
+        raise EncoderError(
+            f"backbone {config.backbone['model_type']!r} gave {count} tokens for a {config.image_size}-pixel image, "
+            f"fewer than its {side} x {side} patches; it cannot be used as a vision tower"
+        )
+    return (side, side), width, count
