@@ -146,6 +146,13 @@ class CellUnknownError(InputError):
     reason = "CELL_UNKNOWN"
 
 
+class CellKindUnsupportedError(InputError):
+    """The index's cells are of a kind that cannot answer the question asked."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "CELL_KIND_UNSUPPORTED"
+
+
 class IndexVersionUnknownError(InputError):
     """No index version of this name is loaded."""
 
