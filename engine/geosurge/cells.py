@@ -220,7 +220,7 @@ class CellTree:
         """
         self._check_ordinal(level, ordinal)
         with self._begin() as transaction, _corruption_of(self._environment.file):
-            return self._read_cell(transaction, level, ordinal)
+            return _with_outline(self._read_record(transaction, level, ordinal))
 
     def find(self, token: str, level: int | None = None, *, finest: bool = False) -> cell_pb2.Cell:
         """Finds a cell by its token.
@@ -241,7 +241,7 @@ class CellTree:
         with self._begin() as transaction, _corruption_of(self._environment.file):
             found = self._look_up(transaction, token, level)
             if found:
-                return self._read_cell(transaction, *found[-1 if finest else 0])
+                return _with_outline(self._read_record(transaction, *found[-1 if finest else 0]))
         where = "" if level is None else f" on level {level}"
         raise CellUnknownError(f"no cell has the token {token!r}{where}; tokens of level 1 can be listed as children")
 
@@ -278,7 +278,7 @@ class CellTree:
                     token = geodesy.cell_id_to_token(geodesy.cell_id_to_parent(point, s2_level))[0]
                     found = self._look_up(transaction, token, level)
                     if found:
-                        cells.append(self._read_cell(transaction, *found[0]))
+                        cells.append(_with_outline(self._read_record(transaction, *found[0])))
                         above = s2_level
                         break
                 else:
@@ -337,7 +337,9 @@ class CellTree:
 
     def place(self, level: int, ordinal: int) -> Place | None:
         """The named place nearest to a cell's mean, where one is known."""
-        cell = self.cell(level, ordinal)
+        self._check_ordinal(level, ordinal)
+        with self._begin() as transaction, _corruption_of(self._environment.file):
+            cell = self._read_record(transaction, level, ordinal)
         if not cell.HasField("place"):
             return None
         place = cell.place
@@ -382,7 +384,7 @@ class CellTree:
 
     def _check_record(self, transaction: lmdb.Transaction, level: int, ordinal: int, token: str) -> None:
         where = f"{self._environment.file}: cell {ordinal} of level {level}"
-        cell = self._read_cell(transaction, level, ordinal)
+        cell = self._read_record(transaction, level, ordinal)
         if self._look_up(transaction, token, level) != [(level, ordinal)]:
             raise BundleInconsistentError(f"{where}: its token {token!r} is not found by look-up")
         children = self.children(level, ordinal)
@@ -413,16 +415,13 @@ class CellTree:
         transaction: contextlib.AbstractContextManager[lmdb.Transaction] = self._environment.lmdb.begin()
         return transaction
 
-    def _read_cell(self, transaction: lmdb.Transaction, level: int, ordinal: int) -> cell_pb2.Cell:
+    def _read_record(self, transaction: lmdb.Transaction, level: int, ordinal: int) -> cell_pb2.Cell:
         value = transaction.get(_cell_key(level, ordinal), db=self._environment.cells)
         if value is None:
             raise BundleCorruptError(
                 f"{self._environment.file}: the record of cell {ordinal} of level {level} is missing"
             )
-        cell = cell_pb2.Cell.FromString(bytes(value))
-        if cell.HasField("s2_level") and not cell.outline:
-            _set_outline(cell, geodesy.cell_id_to_outline(geodesy.token_to_cell_id([cell.token]))[0])
-        return cell
+        return cell_pb2.Cell.FromString(bytes(value))
 
     def _look_up(self, transaction: lmdb.Transaction, token: str, level: int | None) -> list[tuple[int, int]]:
         """(level, ordinal) of the cells with a token, coarsest first."""
@@ -623,6 +622,13 @@ def _write_columns(transaction: lmdb.Transaction, database: _Database, levels: S
         columns[f"{len(levels)}/{name}"] = np.asarray(array).astype(dtype)
     for name, array in columns.items():
         transaction.put(name.encode(), array.tobytes(), db=database)
+
+
+def _with_outline(cell: cell_pb2.Cell) -> cell_pb2.Cell:
+    """Adds the outline of an S2 cell to a record that was stored without it."""
+    if cell.HasField("s2_level") and not cell.outline:
+        _set_outline(cell, geodesy.cell_id_to_outline(geodesy.token_to_cell_id([cell.token]))[0])
+    return cell
 
 
 def _set_outline(cell: cell_pb2.Cell, outline: NDArray[np.float64]) -> None:
