@@ -1,0 +1,420 @@
+"""Bytes to pixels, safely.
+
+`decode_image` turns one encoded image into upright 8-bit RGB, or raises the `geosurge.errors.ImageError` that says why
+not. Every limit that can be is checked before a pixel is decoded, and whatever Pillow raises ends as an `ImageError`: a
+bad image costs one item and never a worker.
+
+What is done to the pixels, in this order:
+
+1. The first frame of an animation or a multi-page file is taken.
+2. 16-bit grey is scaled to 8 bits (65535 becomes 255); Pillow keeps the high byte of 16-bit colour. Samples of 32 bits,
+   integer or float, are refused: nothing in such a file says which value is white.
+3. Transparency is composited on `BACKGROUND_RGB`.
+4. CMYK, palette, grey and bilevel pictures become RGB. Embedded colour profiles are ignored: every picture is read as
+   sRGB, and CMYK is converted by the naive formula. Four-component JPEG is read as inverted, the way Adobe writes it.
+5. The EXIF (or XMP) orientation is applied; unreadable metadata counts as upright.
+
+Nothing here touches Pillow's global state (``MAX_IMAGE_PIXELS``, ``LOAD_TRUNCATED_IMAGES``): every function is
+thread-safe.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from geosurge.errors import (
+    ImageEmptyError,
+    ImageError,
+    ImageFormatUnsupportedError,
+    ImageNotDecodableError,
+    ImageTooLargeError,
+    ImageTooManyPixelsError,
+    ImageTooSmallError,
+    ImageTruncatedError,
+    InputNotReadableError,
+)
+
+IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
+"""Formats that can be decoded, by Pillow's names."""
+
+BACKGROUND_RGB: Final = (255, 255, 255)
+"""Colour behind transparent pixels: white, the page that most pictures with transparency were made for."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What is accepted as an image.
+
+    Attributes:
+        max_bytes: Encoded size at most.
+        max_pixels: Width times height at most, as the header announces them; 100 million decode to 300 MB. For TIFF and
+            WebP, Pillow's own limit (179 million unless the process changed it) holds as well.
+        min_side_px: Shorter side at least. Eight pixels are one block of a JPEG: anything smaller (tracking pixels,
+            spacers, broken thumbnails) holds nothing that could be located and would still get a confident answer.
+        formats: Accepted formats, out of `IMAGE_FORMATS`.
+    """
+
+    max_bytes: int = 20_000_000
+    max_pixels: int = 100_000_000
+    min_side_px: int = 8
+    formats: tuple[str, ...] = IMAGE_FORMATS
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.formats) - set(IMAGE_FORMATS):
+            raise ValueError(f"unknown image formats {sorted(unknown)}; known are {', '.join(IMAGE_FORMATS)}")
+        if min(self.max_bytes, self.max_pixels, self.min_side_px) < 1:
+            raise ValueError(f"image limits must be at least 1, got {self}")
+
+
+DEFAULT_LIMITS: Final = ImageLimits()
+
+# Plugin classes instead of Image.open: opening through them skips Pillow's decompression-bomb check, which warns or
+# raises by a process-wide limit. The JPEG class reads the first picture of a multi-picture (MPO) file, as wanted.
+_PLUGINS: Final[dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "TIFF": TiffImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+}
+
+_SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (8, b"WEBP", "WEBP"),
+    (0, b"GIF87a", "GIF"),
+    (0, b"GIF89a", "GIF"),
+    (0, b"BM", "BMP"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftypavis", "AVIF"),
+    (4, b"ftyphe", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypmsf1", "HEIF"),
+    (4, b"ftypcrx ", "Canon CR3"),
+    (4, b"ftyp", "MP4 video"),
+    (0, b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (8, b"CR\x02\x00", "Canon CR2"),
+    (0, b"II\x2a\x00", "TIFF"),
+    (0, b"MM\x00\x2a", "TIFF"),
+    (0, b"II\x2b\x00", "TIFF"),
+    (0, b"MM\x00\x2b", "TIFF"),
+    (0, b"FUJIFILMCCD-RAW", "Fujifilm RAF"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"\x00\x00\x01\x00", "ICO"),
+    (0, b"\x00\x00\x02\x00", "CUR"),
+    (0, b"icns", "ICNS"),
+    (0, b"qoif", "QOI"),
+    (0, b"DDS ", "DDS"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"#?RADIANCE", "Radiance HDR"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"P1\n", "PBM"),
+    (0, b"P2\n", "PGM"),
+    (0, b"P3\n", "PPM"),
+    (0, b"P4\n", "PBM"),
+    (0, b"P5\n", "PGM"),
+    (0, b"P6\n", "PPM"),
+    (0, b"P7\n", "PAM"),
+    (0, b"Pf\n", "PFM"),
+    (0, b"PF\n", "PFM"),
+    (0, b"<svg", "SVG"),
+    (0, b"\x1a\x45\xdf\xa3", "Matroska video"),
+)
+
+_TRANSPOSE_BY_ORIENTATION: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_EXIF_ORIENTATION: Final = 0x0112
+_TIFF_PHOTOMETRIC: Final = 262
+_TIFF_WHITE_IS_ZERO: Final = 0
+_TIFF_TYPE_BYTES: Final = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+
+
+def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, draft_side: int | None = None) -> Image.Image:
+    """Decodes one encoded image.
+
+    Args:
+        data: The encoded image.
+        limits: What is accepted.
+        draft_side: Side, in pixels, that the picture will be resized to. JPEG is then decoded at an eighth, a quarter
+            or half of its size, as long as both sides stay at least twice as long as this: several times faster, and
+            the resized picture is nearly the same. It changes pixels, so it belongs to what identifies a preprocessing.
+            Other formats ignore it.
+
+    Returns:
+        The picture in mode RGB, upright, without metadata.
+
+    Raises:
+        ImageEmptyError: There are no bytes.
+        ImageTooLargeError: More bytes than ``limits.max_bytes``.
+        ImageNotDecodableError: The bytes are not an image, or are a damaged one.
+        ImageTruncatedError: The file ends before its pixels do.
+        ImageFormatUnsupportedError: An image, but not of an accepted format or kind of sample.
+        ImageTooManyPixelsError: The header announces more pixels than ``limits.max_pixels``.
+        ImageTooSmallError: A side is shorter than ``limits.min_side_px``.
+    """
+    if not data:
+        raise ImageEmptyError("the image has 0 bytes; send the encoded file")
+    _check_byte_count(len(data), limits)
+    file_format = _accepted_format(data, limits)
+    if announced := _announced_size(data, file_format):
+        _check_pixel_count(announced, limits)
+    try:
+        with _PLUGINS[file_format](io.BytesIO(data)) as image:
+            _check_pixel_count(image.size, limits)
+            _check_sides(image.size, limits)
+            if draft_side is not None and file_format == "JPEG":
+                image.draft(None, (2 * draft_side, 2 * draft_side))
+            image.load()
+            return _upright_rgb(image)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooManyPixelsError(f"the {file_format} announces too many pixels: {error}") from error
+    except Exception as error:
+        # Pillow and its codecs raise OSError, SyntaxError, ValueError, struct.error, zlib.error, MemoryError and more.
+        if _ends_early(data, file_format) or "truncated" in str(error).lower():
+            raise ImageTruncatedError(
+                f"the {file_format} ends before its pixels do ({len(data)} bytes received); send the whole file"
+            ) from error
+        raise ImageNotDecodableError(
+            f"the {file_format} is damaged and cannot be decoded ({type(error).__name__}: {error})"
+        ) from error
+
+
+def normalise_image(image: Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Brings an opened Pillow image into the form that `decode_image` returns.
+
+    The argument's pixels are loaded but not changed.
+
+    Args:
+        image: Any image; its pixels may not have been decoded yet.
+        limits: What is accepted; bytes and formats are not checked.
+
+    Returns:
+        A new picture in mode RGB, upright, without metadata.
+
+    Raises:
+        ImageError: As `decode_image`.
+    """
+    _check_pixel_count(image.size, limits)
+    _check_sides(image.size, limits)
+    try:
+        image.load()
+        return _upright_rgb(image)
+    except ImageError:
+        raise
+    except Exception as error:
+        if "truncated" in str(error).lower():
+            raise ImageTruncatedError("the image ends before its pixels do; open the whole file") from error
+        raise ImageNotDecodableError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def read_image_bytes(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """Reads an image file, never more of it than one byte over the limit.
+
+    Args:
+        path: The file.
+        limits: Its ``max_bytes`` is applied.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        InputNotReadableError: The file is missing or cannot be read.
+        ImageTooLargeError: The file is over the byte limit.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(limits.max_bytes + 1)
+            byte_count = len(data) if len(data) <= limits.max_bytes else max(len(data), path.stat().st_size)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InputNotReadableError(f"cannot read {path}: {reason}") from error
+    _check_byte_count(byte_count, limits)
+    return data
+
+
+def _accepted_format(data: bytes, limits: ImageLimits) -> str:
+    name = _recognise(data)
+    accepted = ", ".join(limits.formats)
+    if name is None:
+        raise ImageNotDecodableError(
+            f"the {len(data)} bytes are not an image: no known signature; send one of {accepted}"
+        )
+    if name not in limits.formats:
+        raise ImageFormatUnsupportedError(f"{name} is not accepted; convert the image to one of {accepted}")
+    return name
+
+
+def _recognise(data: bytes) -> str | None:
+    for offset, signature, name in _SIGNATURES:
+        if data.startswith(signature, offset):
+            return name
+    head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith((b"<?xml", b"<!DOCTYPE svg")) and b"<svg" in head:
+        return "SVG"
+    return None
+
+
+def _announced_size(data: bytes, file_format: str) -> tuple[int, int] | None:
+    """Reads width and height where Pillow's plugin would allocate the canvas before it tells them."""
+    if file_format == "GIF" and len(data) >= 10:
+        width, height = struct.unpack_from("<HH", data, 6)
+        return width, height
+    if file_format == "WEBP" and len(data) >= 30:
+        chunk = data[12:16]
+        if chunk == b"VP8X":
+            return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+        if chunk == b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        if chunk == b"VP8 ":
+            width, height = struct.unpack_from("<HH", data, 26)
+            return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def _ends_early(data: bytes, file_format: str) -> bool:
+    """Tells whether the container's own book-keeping points past the end of the data.
+
+    It only chooses between two reasons for a file that cannot be decoded; it never refuses one that can be.
+    """
+    if file_format == "PNG":
+        return not _png_is_complete(data)
+    if file_format == "JPEG":
+        # A trailer may follow the end-of-image marker; a thumbnail's own marker lies near the start.
+        return b"\xff\xd9" not in data[-max(len(data) // 4, 2) :]
+    if file_format == "GIF":
+        return not data.rstrip(b"\x00").endswith(b";")
+    if file_format == "WEBP":
+        return len(data) < 12 or int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if file_format == "BMP":
+        return len(data) < 26 or int.from_bytes(data[2:6], "little") > len(data)
+    return not _tiff_is_complete(data)
+
+
+def _png_is_complete(data: bytes) -> bool:
+    offset = 8
+    while offset + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        offset += length + 12
+        if kind == b"IEND":
+            return True
+    return False
+
+
+def _tiff_is_complete(data: bytes) -> bool:
+    order = "<" if data[:2] == b"II" else ">"
+    if len(data) < 8:
+        return False
+    (directory,) = struct.unpack_from(f"{order}I", data, 4)
+    if directory + 2 > len(data):
+        return False
+    (entry_count,) = struct.unpack_from(f"{order}H", data, directory)
+    if directory + 2 + 12 * entry_count + 4 > len(data):
+        return False
+    for entry in range(entry_count):
+        _, kind, count, offset = struct.unpack_from(f"{order}HHII", data, directory + 2 + 12 * entry)
+        byte_count = count * _TIFF_TYPE_BYTES.get(kind, 0)
+        if byte_count > 4 and offset + byte_count > len(data):
+            return False
+    return True
+
+
+def _check_byte_count(byte_count: int, limits: ImageLimits) -> None:
+    if byte_count > limits.max_bytes:
+        raise ImageTooLargeError(
+            f"the image has {byte_count} bytes, the limit is {limits.max_bytes}; "
+            "send a smaller or more compressed picture"
+        )
+
+
+def _check_pixel_count(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise ImageTooManyPixelsError(
+            f"the image announces {width} x {height} = {width * height} pixels, the limit is {limits.max_pixels}; "
+            "scale it down"
+        )
+
+
+def _check_sides(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if min(width, height) < limits.min_side_px:
+        raise ImageTooSmallError(
+            f"the image has {width} x {height} pixels, each side must have at least {limits.min_side_px}: "
+            "there is nothing in it to locate"
+        )
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Returns a new, loaded RGB picture without metadata, turned as the metadata of ``image`` says."""
+    transpose = _TRANSPOSE_BY_ORIENTATION.get(_orientation(image))
+    picture = _to_rgb(image)
+    if transpose is not None:
+        picture = picture.transpose(transpose)
+    # An orientation left in the metadata would be applied again by the next reader.
+    picture.info.clear()
+    return picture
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - a picture with broken metadata is still a picture
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _sixteen_bit_to_rgb(image)
+    if image.mode in {"I", "F", "LAB", "HSV"}:
+        raise ImageFormatUnsupportedError(
+            f"the image has samples of Pillow mode {image.mode}, for which white is not defined; "
+            "convert it to 8-bit or 16-bit grey or RGB"
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        picture = Image.new("RGB", image.size, BACKGROUND_RGB)
+        picture.paste(rgba, mask=rgba)
+        return picture
+    return image.convert("RGB")
+
+
+def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
+    samples = np.asarray(image.convert("I")).astype(np.uint32)
+    grey = ((samples * 255 + 32767) // 65535).astype(np.uint8)
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
+        grey = 255 - grey
+    return Image.fromarray(grey).convert("RGB")
