@@ -1,10 +1,10 @@
 """Distances, means and S2 cells on the sphere, vectorised over numpy arrays.
 
 Coordinates are WGS-84 degrees, read as latitude and longitude on a sphere of radius ``EARTH_RADIUS_KM``; lengths are
-great-circle kilometres. Cells are S2 cell ids as uint64: 3 bits of cube face, two bits for each S2 level of the position
-on the face's Hilbert curve, one set bit that ends the position, then zeros. Ascending ids walk along the curve, and
-everything inside a cell is one contiguous range of ids. Ids, ranges and tokens equal those of s2sphere and of Google's S2
-library bit for bit (quadratic projection).
+great-circle kilometres. Cells are S2 cell ids as uint64: 3 bits of cube face, two bits for each S2 level of the
+position on the face's Hilbert curve, one set bit that ends the position, then zeros. Ascending ids walk along the
+curve, and everything inside a cell is one contiguous range of ids. Ids, ranges and tokens equal those of s2sphere and
+of Google's S2 library bit for bit (quadratic projection).
 
 Arguments may be scalars, sequences or arrays, and broadcast. Results have the broadcast shape unless a docstring says
 otherwise.
@@ -39,8 +39,8 @@ _TOKEN_PATTERN: Final = re.compile(r"[0-9a-fA-F]{1,16}")
 # A block of points and its temporaries stay in a core's L2 cache.
 _BLOCK_POINTS: Final = 1 << 13
 
-# numpy's sine and cosine may differ from the C library's by a few units in the last place, depending on the processor: at
-# most 1e-5 of a leaf's side. Points this close to a leaf's border, in sides, are computed again with the C library's.
+# numpy's sine and cosine may differ from the C library's by a few units in the last place, depending on the processor:
+# less than 1e-5 of a leaf's side. Points this near to a leaf's border, in sides, are redone with the C library's.
 _BORDER_MARGIN: Final = 2.0**-13
 
 
@@ -174,7 +174,7 @@ def validate_coordinates(latitude_deg: npt.ArrayLike, longitude_deg: npt.ArrayLi
     good = (np.abs(lat) <= 90.0) & (np.abs(lng) <= 180.0)
     row = int(np.argmin(good))
     raise CoordinateOutOfRangeError(
-        f"row {row}: latitude_deg={float(lat.flat[row])!r}, longitude_deg={float(lng.flat[row])!r} is not on the globe; "
+        f"row {row}: latitude_deg={float(lat.flat[row])!r}, longitude_deg={float(lng.flat[row])!r} is off the globe: "
         "latitudes must be in [-90, 90] and longitudes in [-180, 180] (subtract 360 from longitudes above 180)"
     )
 
@@ -269,8 +269,8 @@ def cell_id_to_children(cell_ids: npt.ArrayLike) -> CellIdArray:
     child_bit = _lowest_bit(ids) >> np.uint64(2)
     if not child_bit.all():
         raise ValueError(f"cell {_token(ids[child_bit == 0].flat[0])} is of S2 level 30 and has no children")
-    first = ids - child_bit * np.uint64(3)
-    return first[..., None] + child_bit[..., None] * np.array([0, 2, 4, 6], dtype=np.uint64)
+    steps = np.array([0, 2, 4, 6], dtype=np.uint64)
+    return np.asarray((ids - child_bit * np.uint64(3))[..., None] + child_bit[..., None] * steps)
 
 
 def cell_id_range(cell_ids: npt.ArrayLike) -> tuple[CellIdArray, CellIdArray]:
@@ -355,7 +355,8 @@ def cell_id_to_outline(cell_ids: npt.ArrayLike) -> Float64Array:
     """Corners of cells, counter-clockwise; the edges between them are great-circle arcs.
 
     A corner on the antimeridian gets longitude -180 or 180, whichever is on the side of the cell's centre, so that the
-    outline of a cell of S2 level 1 or finer never jumps across a flat map; a corner on a pole gets the centre's longitude.
+    outline of a cell of S2 level 1 or finer never jumps across a flat map; a corner on a pole gets the centre's
+    longitude.
 
     Args:
         cell_ids: (...) uint64 cell ids.
