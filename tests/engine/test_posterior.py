@@ -1,0 +1,420 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from geosurge.geodesy import EARTH_RADIUS_KM, great_circle_km, latlng_to_unit_vector, unit_vector_to_latlng
+from geosurge.posterior import (
+    HALF_CIRCUMFERENCE_KM,
+    MIN_DISC_RADIUS_KM,
+    Calibration,
+    Posterior,
+    credible_leaves,
+    disc_fraction_within,
+    disc_radius_km,
+    expected_calibration_error,
+    fit_recalibration,
+    fit_temperature,
+    infer,
+    leaf_posterior,
+    leaf_shapes,
+    mass_within,
+    path_masses,
+    posterior_mean,
+    radius_for_mass,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+ROUNDED_UP = 1 + 5.1e-4
+
+
+def random_leaves(count: int, seed: int, around: tuple[float, float] | None = None) -> tuple[NDArray[np.float64], ...]:
+    """Means, spreads and areas of leaves all over the Earth, or within some degrees of a point."""
+    rng = np.random.default_rng(seed)
+    if around is None:
+        latitude, longitude = np.degrees(np.arcsin(rng.uniform(-1, 1, count))), rng.uniform(-180, 180, count)
+    else:
+        latitude, longitude = around[0] + rng.uniform(-8, 8, count), around[1] + rng.uniform(-8, 8, count)
+    return latitude, longitude, rng.uniform(5, 60, count), rng.uniform(1e3, 1e5, count)
+
+
+def random_posterior(count: int, seed: int, around: tuple[float, float] | None = None) -> Posterior:
+    scores = np.sort(np.random.default_rng(seed + 1).normal(0, 1.5, count))[::-1]
+    return infer(np.arange(count), scores, leaf_shapes(*random_leaves(count, seed, around)))
+
+
+def sample_distances_km(
+    posterior: Posterior, leaves: NDArray[np.float64], count: int, seed: int
+) -> NDArray[np.float64]:
+    """Distances to the point estimate of truths drawn from the mixture of discs around ``leaves`` (unit vectors)."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(posterior.probabilities), size=count, p=posterior.probabilities)
+    # A point at a distance and bearing from a leaf's mean, in the frame of the mean.
+    angle = posterior.disc_radius_km[chosen] * np.sqrt(rng.uniform(size=count)) / EARTH_RADIUS_KM
+    bearing = rng.uniform(0, 2 * np.pi, count)
+    mean = leaves[chosen]
+    side = np.cross(mean, np.where(np.abs(mean[:, 2:]) < 0.9, [[0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0]]))
+    side /= np.linalg.norm(side, axis=1, keepdims=True)
+    other = np.cross(mean, side)
+    tangent = side * np.cos(bearing)[:, None] + other * np.sin(bearing)[:, None]
+    points = mean * np.cos(angle)[:, None] + tangent * np.sin(angle)[:, None]
+    latitude, longitude = unit_vector_to_latlng(points)
+    return great_circle_km(latitude, longitude, posterior.latitude_deg, posterior.longitude_deg)
+
+
+@given(st.lists(st.floats(-200, 200), min_size=1, max_size=50), st.floats(0.05, 20))
+def test_leaf_probabilities_sum_to_one_and_keep_the_order(scores: list[float], temperature: float) -> None:
+    probabilities = leaf_posterior(np.array(scores), temperature)
+    assert probabilities.sum() == pytest.approx(1.0)
+    assert (probabilities >= 0).all()
+    order = np.argsort(scores, kind="stable")
+    assert (np.diff(probabilities[order]) >= 0).all()
+
+
+def test_leaf_probabilities_equal_the_textbook_softmax() -> None:
+    scores = np.array([1.0, 2.0, -np.inf, 0.5])
+    weights = [math.exp(1.0 / 0.7), math.exp(2.0 / 0.7), 0.0, math.exp(0.5 / 0.7)]
+    assert leaf_posterior(scores, 0.7) == pytest.approx(np.array(weights) / sum(weights))
+    assert leaf_posterior(np.float32([3e4, 3e4 - 1])) == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40))
+def test_leaves_left_out_by_the_beam_only_raise_the_others(seed: int, reached: int) -> None:
+    scores = np.sort(np.random.default_rng(seed).normal(0, 3, 40))[::-1]
+    assert (leaf_posterior(scores[:reached]) >= leaf_posterior(scores)[:reached]).all()
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+def test_a_parents_mass_is_the_sum_of_its_childrens(tree: list[list[int]], seed: int) -> None:
+    """``tree`` holds, for each cell of level 1 and each of its children, the number of leaves."""
+    leaf_counts = [count for children in tree for count in children]
+    leaf_ends = np.cumsum(leaf_counts)
+    child_ranges = np.stack([leaf_ends - leaf_counts, leaf_ends], axis=1)
+    family_ends = np.cumsum([len(children) for children in tree])
+    rng = np.random.default_rng(seed)
+    ordinals = rng.permutation(leaf_ends[-1])
+    probabilities = leaf_posterior(rng.normal(0, 2, len(ordinals)))
+    child_masses = path_masses(probabilities, ordinals, child_ranges)
+    for end, children in zip(family_ends, tree, strict=True):
+        first = end - len(children)
+        parent = path_masses(probabilities, ordinals, [[child_ranges[first, 0], child_ranges[end - 1, 1]]])
+        assert parent[0] == pytest.approx(child_masses[first:end].sum())
+    assert path_masses(probabilities, ordinals, [[0, leaf_ends[-1]]])[0] <= 1.0
+    assert child_masses.sum() == pytest.approx(1.0)
+
+
+@settings(max_examples=60)
+@given(st.floats(0.01, 400), st.floats(0, 300), st.floats(1, 150))
+def test_disc_fraction_agrees_with_counting_points(radius: float, distance: float, disc: float) -> None:
+    # Equal-area rings and sectors of the disc.
+    rings = disc * np.sqrt((np.arange(300) + 0.5) / 300)[:, None]
+    bearings = 2 * np.pi * (np.arange(400) + 0.5) / 400
+    inside = np.hypot(distance + rings * np.cos(bearings), rings * np.sin(bearings)) <= radius
+    assert float(disc_fraction_within(radius, distance, disc)) == pytest.approx(inside.mean(), abs=0.006)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_disc_fraction_has_its_closed_forms(scale: float) -> None:
+    assert float(disc_fraction_within(0.5 * scale, 0.0, scale)) == pytest.approx(0.25)
+    assert float(disc_fraction_within(scale, 0.0, scale)) == pytest.approx(1.0)
+    assert float(disc_fraction_within(3 * scale, 1.9 * scale, scale)) == 1.0
+    assert float(disc_fraction_within(scale, 2.1 * scale, scale)) == 0.0
+    # Equal circles through each other's centre: 2/3 - sqrt(3) / (2 pi).
+    assert float(disc_fraction_within(scale, scale, scale)) == pytest.approx(2 / 3 - math.sqrt(3) / (2 * math.pi))
+
+
+def test_a_distant_circle_cuts_a_small_disc_straight() -> None:
+    offsets = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
+    expected = 1 - (np.arccos(offsets) - offsets * np.sqrt(1 - offsets**2)) / np.pi
+    for disc in (1e-3, 1.0):
+        found = disc_fraction_within(5000.0 + offsets * disc, 5000.0, disc)
+        assert found == pytest.approx(expected, abs=2e-4)
+
+
+@given(st.floats(0, 300), st.floats(1e-3, 150), st.lists(st.floats(0, 500), min_size=2, max_size=20))
+def test_disc_fraction_is_monotone_in_the_radius(distance: float, disc: float, radii: list[float]) -> None:
+    shares = disc_fraction_within(np.sort(radii), distance, disc)
+    assert (np.diff(shares) >= -1e-9).all()
+    assert ((shares >= 0) & (shares <= 1)).all()
+
+
+@pytest.mark.parametrize("around", [None, (10.0, 20.0), (0.0, 180.0), (85.0, 0.0), (-85.0, 90.0)])
+@pytest.mark.parametrize("confidence", [0.3, 0.5, 0.9, 0.99])
+def test_the_radius_contains_its_mass_of_sampled_truths(confidence: float, around: tuple[float, float] | None) -> None:
+    latitude, longitude, spread, area = random_leaves(60, 5, around)
+    scores = np.sort(np.random.default_rng(6).normal(0, 1.5, 60))[::-1]
+    posterior = infer(np.arange(60), scores, leaf_shapes(latitude, longitude, spread, area))
+    radius = posterior.radius_km(confidence)
+    distances = sample_distances_km(posterior, latlng_to_unit_vector(latitude, longitude), 100_000, 7)
+    assert (distances <= radius).mean() == pytest.approx(confidence, abs=0.005)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 80), st.floats(0.001, 0.999))
+def test_the_radius_is_the_inverse_of_the_mass_rounded_up(seed: int, count: int, mass: float) -> None:
+    posterior = random_posterior(count, seed)
+    radius = posterior.radius_km(mass)
+    assert posterior.mass_within(radius) >= mass - 1e-9
+    assert posterior.mass_within(radius / ROUNDED_UP) < mass
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.lists(st.floats(0.0, 1.0), min_size=2, max_size=12))
+def test_the_radius_never_decreases_with_the_mass(seed: int, masses: list[float]) -> None:
+    posterior = random_posterior(30, seed)
+    radii = [posterior.radius_km(mass) for mass in sorted(masses)]
+    assert radii == sorted(radii)
+    assert 0 < radii[0] <= radii[-1] <= HALF_CIRCUMFERENCE_KM
+
+
+@pytest.mark.parametrize("mass", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.5, 20.0, 150.0])
+def test_the_radius_of_a_single_leaf_is_that_of_a_disc(mass: float, spread: float) -> None:
+    posterior = infer(np.array([0]), np.array([3.0]), leaf_shapes([48.0], [2.0], [spread], [100.0]))
+    exact = math.sqrt(mass) * math.sqrt(2.0) * spread
+    assert exact <= posterior.radius_km(mass) <= exact * ROUNDED_UP
+
+
+def test_the_root_mean_square_radius_of_a_disc_is_the_spread() -> None:
+    # The integral of r² over a uniform disc of radius R is R² / 2.
+    assert disc_radius_km(7.0) ** 2 / 2 == pytest.approx(49.0)
+    assert disc_radius_km(0.0) == MIN_DISC_RADIUS_KM
+
+
+def test_leaves_without_spread_are_points() -> None:
+    leaves = leaf_shapes([0.0, 0.0, 0.0], [0.0, 10.0, 30.0], [0.0] * 3, [1.0] * 3)
+    posterior = infer(np.arange(3), np.log([0.5, 0.3, 0.2]), leaves)
+    degree = EARTH_RADIUS_KM * math.pi / 180
+    assert (posterior.latitude_deg, posterior.longitude_deg) == (0.0, 0.0)
+    assert posterior.radius_km(0.4) <= 2 * MIN_DISC_RADIUS_KM
+    assert posterior.radius_km(0.7) == pytest.approx(10 * degree, rel=6e-4)
+    assert posterior.radius_km(0.9) == pytest.approx(30 * degree, rel=6e-4)
+
+
+def test_an_antipodal_leaf_is_half_the_circumference_away() -> None:
+    leaves = leaf_shapes([20.0, -20.0], [30.0, -150.0], [50.0, 50.0], [1.0, 1.0])
+    posterior = infer(np.arange(2), np.log([0.6, 0.4]), leaves)
+    assert posterior.distance_km[1] == pytest.approx(HALF_CIRCUMFERENCE_KM, rel=1e-6)
+    assert posterior.radius_km(0.99) == pytest.approx(HALF_CIRCUMFERENCE_KM, rel=0.005)
+    assert posterior.radius_km(1.0) <= HALF_CIRCUMFERENCE_KM
+    assert posterior.mass_within(HALF_CIRCUMFERENCE_KM) == 1.0
+    assert posterior.mass_within(10_000.0) == pytest.approx(0.6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 10_000))
+def test_turning_the_earth_turns_the_answer(seed: int, turn: int) -> None:
+    latitude, longitude, spread, area = random_leaves(40, seed, (50.0, 10.0))
+    scores = np.sort(np.random.default_rng(seed).normal(0, 1.5, 40))[::-1]
+    rotation = Rotation.random(random_state=turn)
+    turned = unit_vector_to_latlng(rotation.apply(latlng_to_unit_vector(latitude, longitude)))
+    before = infer(np.arange(40), scores, leaf_shapes(latitude, longitude, spread, area))
+    after = infer(np.arange(40), scores, leaf_shapes(*turned, spread, area))
+    expected = unit_vector_to_latlng(rotation.apply(before.unit_vector))
+    assert float(great_circle_km(*expected, after.latitude_deg, after.longitude_deg)) < 1e-5
+    assert after.radius_km(0.9) == pytest.approx(before.radius_km(0.9), rel=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("latitude", "longitude", "expected"),
+    [
+        ([10.0, 10.0], [179.5, -179.5], (10.0, 180.0)),
+        ([89.5, 89.5], [0.0, 180.0], (90.0, 0.0)),
+        ([-89.5, -89.5], [90.0, -90.0], (-90.0, 0.0)),
+    ],
+)
+def test_neighbours_across_the_antimeridian_and_the_poles_meet_between(
+    latitude: list[float], longitude: list[float], expected: tuple[float, float]
+) -> None:
+    leaves = leaf_shapes(latitude, longitude, [60.0, 60.0], [1e4, 1e4])
+    posterior = infer(np.arange(2), np.zeros(2), leaves)
+    assert float(great_circle_km(posterior.latitude_deg, posterior.longitude_deg, *expected)) < 0.5
+    assert posterior.radius_km(0.9) < 200
+
+
+def test_a_distant_second_mode_does_not_move_the_point() -> None:
+    latitude, longitude = [40.0, 40.5, 39.6, -33.0, -33.4], [-3.0, -3.4, -2.9, 150.0, 150.5]
+    leaves = leaf_shapes(latitude, longitude, [30.0] * 5, [1e4] * 5)
+    posterior = infer(np.arange(5), np.log([0.3, 0.12, 0.1, 0.25, 0.23]), leaves)
+    near = posterior_mean(np.array([0.3, 0.12, 0.1]), leaves.unit_vectors[:3], 120.0)
+    assert posterior.unit_vector == pytest.approx(near)
+    assert posterior.distance_km[0] < 40
+
+
+def test_the_leaf_estimate_is_the_mean_of_the_most_likely_leaf() -> None:
+    latitude, longitude, spread, area = random_leaves(20, 3, (10.0, 20.0))
+    leaves = leaf_shapes(latitude, longitude, spread, area)
+    posterior = infer(np.arange(20), np.linspace(1, 0, 20), leaves, point="leaf")
+    assert (posterior.latitude_deg, posterior.longitude_deg) == pytest.approx((latitude[0], longitude[0]))
+    assert posterior.distance_km == pytest.approx(
+        great_circle_km(latitude, longitude, latitude[0], longitude[0]), abs=1e-6
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.floats(1, 2000))
+def test_the_point_is_a_local_minimum_of_the_expected_capped_squared_distance(seed: int, window: float) -> None:
+    latitude, longitude, _, _ = random_leaves(40, seed, (60.0, 175.0))
+    vectors = latlng_to_unit_vector(latitude, longitude)
+    rng = np.random.default_rng(seed)
+    probabilities = np.sort(leaf_posterior(rng.normal(0, 1.5, 40)))[::-1]
+    cap = (2 * math.sin(window / EARTH_RADIUS_KM / 2)) ** 2
+
+    def objective(point: NDArray[np.float64]) -> float:
+        return float(probabilities @ np.minimum(((vectors - point) ** 2).sum(axis=1), cap))
+
+    point = posterior_mean(probabilities, vectors, window)
+    assert np.linalg.norm(point) == pytest.approx(1.0)
+    assert objective(point) <= objective(vectors[0]) + 1e-15
+    for step in rng.normal(0, 1e-7, (20, 3)):
+        moved = point + step
+        assert objective(point) <= objective(moved / np.linalg.norm(moved)) + 1e-13
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 9), st.floats(0.01, 0.99))
+def test_no_other_set_of_leaves_holds_as_much_on_less_area(seed: int, count: int, mass: float) -> None:
+    rng = np.random.default_rng(seed)
+    probabilities = leaf_posterior(rng.normal(0, 1.5, count))
+    area = rng.uniform(1, 50, count)
+    chosen = credible_leaves(mass, probabilities, area)
+    held = probabilities[chosen].sum()
+    assert held >= mass - 1e-12
+    assert probabilities[chosen[:-1]].sum() < mass
+    density = probabilities / area
+    assert (np.diff(density[chosen]) <= 0).all()
+    for size in range(count + 1):
+        for others in itertools.combinations(range(count), size):
+            if probabilities[list(others)].sum() >= held + 1e-12:
+                assert area[list(others)].sum() >= area[chosen].sum() - 1e-9
+
+
+def test_a_credible_region_of_everything_leaves_out_only_what_is_negligible() -> None:
+    probabilities = np.array([0.6, 0.4 - 1e-9, 1e-9])
+    assert credible_leaves(1.0, probabilities, np.ones(3)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_fitting_recovers_the_temperature_that_the_truths_were_drawn_with(temperature: float) -> None:
+    rng = np.random.default_rng(11)
+    queries = []
+    for _ in range(4000):
+        scores = rng.normal(0, 3, rng.integers(5, 40)).astype(np.float32)
+        queries.append((scores, int(rng.choice(len(scores), p=leaf_posterior(scores, temperature)))))
+    fitted = fit_temperature(queries)
+    assert fitted == pytest.approx(temperature, rel=0.05)
+
+    def loss(at: float) -> float:
+        return -float(np.mean([np.log(leaf_posterior(scores, at)[truth]) for scores, truth in queries[:500]]))
+
+    subset = fit_temperature(queries[:500])
+    assert loss(subset) <= min(loss(subset * 1.02), loss(subset / 1.02))
+
+
+def test_queries_without_their_true_leaf_do_not_move_the_temperature() -> None:
+    rng = np.random.default_rng(12)
+    queries = [(rng.normal(0, 2, 12), int(rng.integers(0, 3))) for _ in range(200)]
+    lost = [(rng.normal(0, 2, 12), -1) for _ in range(50)]
+    assert fit_temperature(queries + lost) == fit_temperature(queries)
+    with pytest.raises(ValueError, match="no query has its true leaf"):
+        fit_temperature(lost)
+
+
+def simulated_masses(disc_scale: float, count: int, seed: int) -> NDArray[np.float64]:
+    """Masses at the truths of queries whose truths scatter ``disc_scale`` times as widely as their leaves say."""
+    latitude, longitude, spread, area = random_leaves(50, seed, (20.0, 30.0))
+    vectors = latlng_to_unit_vector(latitude, longitude)
+    rng = np.random.default_rng(seed)
+    masses = []
+    for query in range(count):
+        order = rng.permutation(50)
+        scores = np.sort(rng.normal(0, 2, 50))[::-1]
+        stated = infer(order, scores, leaf_shapes(latitude, longitude, spread, area))
+        actual = infer(order, scores, leaf_shapes(latitude, longitude, spread * disc_scale, area))
+        truth = sample_distances_km(
+            Posterior(**{**vars(actual), "latitude_deg": stated.latitude_deg, "longitude_deg": stated.longitude_deg}),
+            vectors[order],
+            1,
+            query,
+        )
+        masses.append(stated.mass_within(float(truth[0])))
+    return np.array(masses)
+
+
+def test_calibrated_queries_need_no_recalibration() -> None:
+    masses = simulated_masses(1.0, 3000, 1)
+    levels, mapped = fit_recalibration(masses)
+    assert np.abs(np.array(levels) - np.array(mapped)).max() < 0.035
+    assert (masses <= 0.9).mean() == pytest.approx(0.9, abs=0.02)
+
+
+def test_recalibration_restores_coverage_on_unseen_queries() -> None:
+    masses = simulated_masses(3.0, 4000, 2)
+    seen, unseen = masses[:2000], masses[2000:]
+    calibration = Calibration(1.0, *fit_recalibration(seen))
+    assert (unseen <= 0.5).mean() < 0.45
+    for confidence in (0.2, 0.5, 0.8, 0.9, 0.97):
+        assert (unseen <= calibration.mass_for_confidence(confidence)).mean() == pytest.approx(confidence, abs=0.035)
+
+
+def test_without_recalibration_the_confidence_is_the_mass() -> None:
+    assert Calibration(2.0).mass_for_confidence(0.37) == 0.37
+
+
+def test_recalibration_is_monotone_and_bounded() -> None:
+    calibration = Calibration(1.0, *fit_recalibration(np.random.default_rng(0).beta(2, 1, 40)))
+    masses = [calibration.mass_for_confidence(confidence) for confidence in np.linspace(0, 1, 101)]
+    assert masses == sorted(masses)
+    assert (masses[0], masses[-1]) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="at least one"):
+        fit_recalibration([])
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        fit_recalibration([0.5, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.0,), "temperature"),
+        ((math.nan,), "temperature"),
+        ((1.0, (0.0, 1.0), (0.0,)), "one for each"),
+        ((1.0, (0.0, 0.5), (0.0, 1.0)), "ascend"),
+        ((1.0, (0.0, 0.5, 0.5, 1.0), (0.0, 0.1, 0.2, 1.0)), "ascend"),
+        ((1.0, (0.0, 0.5, 1.0), (0.0, 0.6, 0.5)), "never decrease"),
+        ((1.0, (0.0, 1.0), (0.0, 1.5)), "never decrease"),
+    ],
+)
+def test_a_calibration_that_makes_no_sense_is_refused(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Calibration(*arguments)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60), st.integers(1, 20))
+def test_expected_calibration_error_equals_the_textbook_sum(answers: list[tuple[float, bool]], bins: int) -> None:
+    expected = 0.0
+    for row in range(bins):
+        inside = [(c, right) for c, right in answers if min(int(c * bins), bins - 1) == row]
+        if inside:
+            confidence, accuracy = (sum(column) / len(inside) for column in zip(*inside, strict=True))
+            expected += len(inside) / len(answers) * abs(confidence - accuracy)
+    found = expected_calibration_error([c for c, _ in answers], [right for _, right in answers], bins)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_expected_calibration_error_of_the_perfect_and_the_overconfident() -> None:
+    assert expected_calibration_error([0.75] * 4, [True, True, True, False]) == pytest.approx(0.0)
+    assert expected_calibration_error([0.99] * 4, [True, False, False, False]) == pytest.approx(0.74)
+    with pytest.raises(ValueError, match="one for each"):
+        expected_calibration_error([0.5], [True, False])
+
+
+def test_module_functions_and_methods_agree() -> None:
+    posterior = random_posterior(30, 4)
+    columns = (posterior.probabilities, posterior.distance_km, posterior.disc_radius_km)
+    assert posterior.radius_km(0.8) == radius_for_mass(0.8, *columns)
+    assert posterior.mass_within(500.0) == mass_within(500.0, *columns)
