@@ -157,13 +157,11 @@ class Problem:
 
     Attributes:
         file: Path inside the bundle.
-        reason: The reason of the error that using the file would raise.
-        message: What is wrong.
+        error: What using the file would raise.
     """
 
     file: str
-    reason: str
-    message: str
+    error: BundleError
 
 
 @dataclass(frozen=True)
@@ -177,9 +175,6 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
-
-
-_Finding = tuple[str, BundleError]
 
 
 def finish_bundle(directory: Path, manifest: Manifest) -> Manifest:
@@ -210,8 +205,8 @@ def finish_bundle(directory: Path, manifest: Manifest) -> Manifest:
     missing = [file for file in whole.needed_files if file not in files]
     if missing:
         raise BundleInconsistentError(f"{directory} has no {missing[0]}, which the manifest speaks of")
-    for folder in sorted({(directory / relative).parent for relative in files}, reverse=True):
-        fsync_directory(folder)
+    for folder, _, _ in os.walk(directory, topdown=False):
+        fsync_directory(Path(folder))
     sealed, data = render_manifest(whole)
     replace_file(directory / MANIFEST_FILE, data)
     return sealed
@@ -248,8 +243,8 @@ def open_bundle(path: Path) -> Bundle:
         BundleCorruptError: The manifest is damaged, or a file has another size.
     """
     manifest = read_manifest(path)
-    for _, error in _file_problems(path, manifest):
-        raise error
+    for problem in _file_problems(path, manifest):
+        raise problem.error
     return Bundle(path, manifest)
 
 
@@ -269,20 +264,20 @@ def verify_bundle(path: Path, *, encoder_loader: Callable[[Path], Encoder] | Non
     try:
         manifest = read_manifest(path)
     except BundleError as error:
-        return VerifyReport(path, (Problem(MANIFEST_FILE, error.reason, str(error)),))
+        return VerifyReport(path, (Problem(MANIFEST_FILE, error),))
     bundle = Bundle(path, manifest)
-    findings = list(_file_problems(path, manifest))
-    findings += _content_problems(path, manifest, skip={file for file, _ in findings})
-    broken = {file for file, _ in findings}
+    problems = list(_file_problems(path, manifest))
+    problems += _content_problems(path, manifest, skip={problem.file for problem in problems})
+    broken = {problem.file for problem in problems}
     with contextlib.ExitStack() as stack:
         if TREE_FILE not in broken:
-            tree_findings, tree = _open_checked_tree(bundle, stack)
-            findings += tree_findings
+            tree_problems, tree = _open_checked_tree(bundle, stack)
+            problems += tree_problems
             if tree is not None and not broken.intersection(level.file for level in manifest.levels):
-                findings += _open_and_check_index(bundle, tree, stack)
+                problems += _open_and_check_index(bundle, tree, stack)
         if not any(file.startswith((f"{ENCODER_DIRECTORY}/", f"{GOLDEN_DIRECTORY}/")) for file in broken):
-            findings += _load_and_check_encoder(bundle, encoder_loader)
-    return VerifyReport(path, tuple(Problem(file, error.reason, str(error)) for file, error in findings))
+            problems += _load_and_check_encoder(bundle, encoder_loader)
+    return VerifyReport(path, tuple(problems))
 
 
 def check_index(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> None:
@@ -291,8 +286,8 @@ def check_index(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Non
     Raises:
         BundleInconsistentError: They contradict each other; names the file.
     """
-    for _, error in _index_problems(bundle, tree, index):
-        raise error
+    for problem in _index_problems(bundle, tree, index):
+        raise problem.error
 
 
 def check_encoder(bundle: Bundle, encoder: Encoder) -> None:
@@ -302,8 +297,8 @@ def check_encoder(bundle: Bundle, encoder: Encoder) -> None:
         BundleEncoderMismatchError: It is another one, or makes other embeddings of the golden images.
         BundleCorruptError: A golden image cannot be read.
     """
-    for _, error in _encoder_problems(bundle, encoder):
-        raise error
+    for problem in _encoder_problems(bundle, encoder):
+        raise problem.error
 
 
 def record_golden_queries(
@@ -384,25 +379,29 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _file_problems(path: Path, manifest: Manifest) -> Iterator[_Finding]:
+def _file_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     """What opening finds: files that are not listed, missing, no plain files, or of another size."""
     for relative in manifest.needed_files:
         if relative not in manifest.files:
-            yield relative, BundlePartialError(f"{path / MANIFEST_FILE} does not list {relative}, which it speaks of")
+            yield Problem(
+                relative, BundlePartialError(f"{path / MANIFEST_FILE} does not list {relative}, which it speaks of")
+            )
     for relative, info in manifest.files.items():
         file = path / relative
         if not os.path.lexists(file):
-            yield relative, BundlePartialError(f"{file} is missing; publish the bundle again")
+            yield Problem(relative, BundlePartialError(f"{file} is missing; publish the bundle again"))
         elif not _is_plain(path, relative):
-            yield relative, BundleCorruptError(f"{file} is a link or no regular file; a bundle holds its own data")
+            yield Problem(
+                relative, BundleCorruptError(f"{file} is a link or no regular file; a bundle holds its own data")
+            )
         elif (size := file.stat().st_size) != info.size:
-            yield (
+            yield Problem(
                 relative,
                 BundleCorruptError(f"{file} has {size} bytes instead of {info.size}; publish the bundle again"),
             )
 
 
-def _content_problems(path: Path, manifest: Manifest, *, skip: set[str]) -> Iterator[_Finding]:
+def _content_problems(path: Path, manifest: Manifest, *, skip: set[str]) -> Iterator[Problem]:
     """What only reading everything finds: other content, and files that nobody vouches for."""
     for relative, info in manifest.files.items():
         if relative in skip:
@@ -411,27 +410,30 @@ def _content_problems(path: Path, manifest: Manifest, *, skip: set[str]) -> Iter
         try:
             digest = _sha256(file)
         except OSError as error:
-            yield relative, BundleCorruptError(f"{file} cannot be read: {error}")
+            yield Problem(relative, BundleCorruptError(f"{file} cannot be read: {error}"))
             continue
         if digest != info.sha256:
-            yield relative, BundleCorruptError(f"{file} has another SHA-256 than recorded; publish the bundle again")
+            yield Problem(
+                relative, BundleCorruptError(f"{file} has another SHA-256 than recorded; publish the bundle again")
+            )
     for relative in sorted(set(_walk(path)) - set(manifest.files)):
-        yield relative, BundleInconsistentError(f"{path / relative} is not in the manifest; remove it")
+        yield Problem(relative, BundleInconsistentError(f"{path / relative} is not in the manifest; remove it"))
 
 
-def _open_checked_tree(bundle: Bundle, stack: contextlib.ExitStack) -> tuple[list[_Finding], CellTree | None]:
+def _open_checked_tree(bundle: Bundle, stack: contextlib.ExitStack) -> tuple[list[Problem], CellTree | None]:
     problems = verify_cell_file(bundle.tree_path)
     if problems:
-        return [(TREE_FILE, BundleCorruptError(f"{bundle.path / TREE_FILE}: {problem}")) for problem in problems], None
+        error = BundleCorruptError(f"{bundle.path / TREE_FILE}: {problems[0]} ({len(problems)} problems in its pages)")
+        return [Problem(TREE_FILE, error)], None
     try:
         tree = stack.enter_context(CellTree.open(bundle.tree_path))
         tree.check()
     except BundleError as error:
-        return [(TREE_FILE, error)], None
+        return [Problem(TREE_FILE, error)], None
     return [], tree
 
 
-def _open_and_check_index(bundle: Bundle, tree: CellTree, stack: contextlib.ExitStack) -> list[_Finding]:
+def _open_and_check_index(bundle: Bundle, tree: CellTree, stack: contextlib.ExitStack) -> list[Problem]:
     from geosurge.search import HierarchicalIndex  # noqa: PLC0415 - reading a manifest must not load FAISS
 
     try:
@@ -439,11 +441,11 @@ def _open_and_check_index(bundle: Bundle, tree: CellTree, stack: contextlib.Exit
         index.check()
     except BundleError as error:
         named = [level.file for level in bundle.manifest.levels if str(bundle.path / level.file) in str(error)]
-        return [(named[0] if named else bundle.manifest.levels[0].file, error)]
+        return [Problem(named[0] if named else bundle.manifest.levels[0].file, error)]
     return list(_index_problems(bundle, tree, index))
 
 
-def _load_and_check_encoder(bundle: Bundle, encoder_loader: Callable[[Path], Encoder] | None) -> list[_Finding]:
+def _load_and_check_encoder(bundle: Bundle, encoder_loader: Callable[[Path], Encoder] | None) -> list[Problem]:
     if bundle.encoder_path is None:
         return []
     if encoder_loader is None:
@@ -453,11 +455,11 @@ def _load_and_check_encoder(bundle: Bundle, encoder_loader: Callable[[Path], Enc
     try:
         encoder = encoder_loader(bundle.encoder_path)
     except EncoderError as error:
-        return [(f"{ENCODER_DIRECTORY}/config.json", BundleEncoderMismatchError(str(error)))]
+        return [Problem(f"{ENCODER_DIRECTORY}/config.json", BundleEncoderMismatchError(str(error)))]
     return list(_encoder_problems(bundle, encoder))
 
 
-def _index_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Iterator[_Finding]:
+def _index_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Iterator[Problem]:
     """The first thing in which manifest, tree and indexes differ; only when they agree, the golden queries."""
     found = next(_structure_problems(bundle, tree, index), None)
     if found is not None:
@@ -466,18 +468,18 @@ def _index_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) ->
     yield from _golden_query_problems(bundle, tree, index)
 
 
-def _structure_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Iterator[_Finding]:
+def _structure_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Iterator[Problem]:
     levels, files = bundle.manifest.levels, bundle.level_paths
     counts = tuple(level.cells for level in levels)
     if tree.cell_counts != counts:
-        yield (
+        yield Problem(
             TREE_FILE,
             BundleInconsistentError(
                 f"{bundle.tree_path} has {tree.cell_counts} cells on its levels, but the manifest says {counts}"
             ),
         )
     if index.dimension != bundle.manifest.dimension:
-        yield (
+        yield Problem(
             levels[0].file,
             BundleInconsistentError(
                 f"{files[0]} has vectors of {index.dimension} values, but the manifest says {bundle.manifest.dimension}"
@@ -485,7 +487,7 @@ def _structure_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex
         )
     for level, file, vectors in zip(levels, files, index.cell_counts, strict=True):
         if vectors != level.cells:
-            yield (
+            yield Problem(
                 level.file,
                 BundleInconsistentError(
                     f"{file} has {vectors} vectors, but level {level.level} has {level.cells} cells"
@@ -496,7 +498,7 @@ def _structure_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex
         indexed = getattr(index, "child_counts", lambda _, expected=children: expected)(above.level)
         differing = np.flatnonzero(indexed != children)
         if differing.size:
-            yield (
+            yield Problem(
                 level.file,
                 BundleInconsistentError(
                     f"{file} has other children of cell {differing[0]} of level {above.level} than the cell tree"
@@ -504,7 +506,7 @@ def _structure_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex
             )
 
 
-def _golden_query_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Iterator[_Finding]:
+def _golden_query_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Iterator[Problem]:
     manifest = bundle.manifest
     for number, query in enumerate(manifest.golden_queries):
         embedding = decode_embedding(query.embedding)[None]
@@ -515,7 +517,7 @@ def _golden_query_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIn
         }
         for name, hits in answers.items():
             if not _answers(query, tree, hits.ordinals[0], hits.scores[0]):
-                yield (
+                yield Problem(
                     manifest.levels[-1].file,
                     BundleInconsistentError(
                         f"{bundle.path}: {name} answers golden query {number} with other leaves or scores than recorded"
@@ -540,7 +542,7 @@ def _alike(scores: Sequence[float], others: Sequence[float]) -> bool:
     return bool(np.allclose(scores, others, rtol=_SCORE_RELATIVE_TOLERANCE, atol=_SCORE_ABSOLUTE_TOLERANCE))
 
 
-def _encoder_problems(bundle: Bundle, encoder: Encoder) -> Iterator[_Finding]:
+def _encoder_problems(bundle: Bundle, encoder: Encoder) -> Iterator[Problem]:
     info = bundle.manifest.encoder
     if info is None:
         return
@@ -552,7 +554,7 @@ def _encoder_problems(bundle: Bundle, encoder: Encoder) -> Iterator[_Finding]:
     )
     for name, actual, recorded in expected:
         if actual != recorded:
-            yield (
+            yield Problem(
                 file,
                 BundleEncoderMismatchError(
                     f"{bundle.path}: its encoder has the {name} {actual}, but its indexes were built for {recorded}; "
@@ -564,20 +566,20 @@ def _encoder_problems(bundle: Bundle, encoder: Encoder) -> Iterator[_Finding]:
         yield from _golden_image_problems(bundle, encoder, image)
 
 
-def _golden_image_problems(bundle: Bundle, encoder: Encoder, image: GoldenImage) -> Iterator[_Finding]:
+def _golden_image_problems(bundle: Bundle, encoder: Encoder, image: GoldenImage) -> Iterator[Problem]:
     from geosurge.images import decode_image  # noqa: PLC0415 - reading a manifest must not load Pillow
 
     file = bundle.path / image.file
     try:
         pixels = encoder.preprocess(decode_image(file.read_bytes()))
     except (ImageError, OSError) as error:
-        yield image.file, BundleCorruptError(f"{file} cannot be read as an image: {error}")
+        yield Problem(image.file, BundleCorruptError(f"{file} cannot be read as an image: {error}"))
         return
     embedding = encoder.encode(pixels[None])[0].astype(np.float64)
     recorded = decode_embedding(image.embedding).astype(np.float64)
     distance = 1 - embedding @ recorded / (np.linalg.norm(embedding) * np.linalg.norm(recorded))
     if not distance <= GOLDEN_COSINE_TOLERANCE:
-        yield (
+        yield Problem(
             image.file,
             BundleEncoderMismatchError(
                 f"{bundle.path}: its encoder's embedding of {image.file} is {distance:.3g} away from the recorded one "

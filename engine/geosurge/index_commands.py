@@ -1,0 +1,219 @@
+"""``geosurge index``: look at bundles and stores, and change which bundle is active.
+
+With ``--json`` a command prints one JSON object on standard output and nothing else; a failed one prints
+``{"error": {"reason", "message"}}``. Exit codes: 0 done, 2 wrong usage, 3 a bundle or store cannot be used, which
+includes a bundle that does not verify.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from geosurge import store as stores
+from geosurge.bundle import Bundle, open_bundle, verify_bundle
+from geosurge.errors import GeoSurgeError, StoreError
+
+index_app = typer.Typer(
+    name="index",
+    help="Look at index bundles and stores, and change which bundle is active.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+_JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+_Store = Annotated[
+    Path | None,
+    typer.Option("--store", help="Directory of the store; GEOSURGE_INDEX, or the indexes/ folder, by default."),
+]
+_BundleOrStore = Annotated[
+    Path | None,
+    typer.Argument(help="A bundle, or a store whose active bundle is meant.", metavar="[BUNDLE|STORE]"),
+]
+
+
+@index_app.command("list")
+def list_command(store: _Store = None, as_json: _JsonFlag = False) -> None:
+    """Lists the bundles of a store and says which one is active and which cannot be used."""
+    with _reported(as_json=as_json):
+        path = store or stores.default_store()
+        entries = stores.list_bundles(path)
+        if as_json:
+            rows = [
+                {
+                    "name": entry.name,
+                    "active": entry.active,
+                    "create_time": entry.create_time and _utc(entry.create_time),
+                    "problem": entry.problem,
+                }
+                for entry in entries
+            ]
+            _print_json({"store": str(path), "bundles": rows})
+            return
+        table = Table(
+            "", "bundle", "created", "problem", title=f"index store {escape(str(path))}", title_justify="left"
+        )
+        for entry in entries:
+            created = _utc(entry.create_time) if entry.create_time else ""
+            table.add_row("*" if entry.active else "", escape(entry.name), created, escape(entry.problem or ""))
+        Console().print(table)
+
+
+@index_app.command()
+def inspect(path: _BundleOrStore = None, as_json: _JsonFlag = False) -> None:
+    """Shows what a bundle is and what it can locate, from its manifest; checks that its files are there."""
+    with _reported(as_json=as_json):
+        bundle = open_bundle(stores.resolve_bundle(path or stores.default_store()))
+        size = sum(file.size for file in bundle.manifest.files.values())
+        if as_json:
+            _print_json({"path": str(bundle.path), "bytes": size, "manifest": bundle.manifest.model_dump(mode="json")})
+            return
+        _print_bundle(bundle, size)
+
+
+@index_app.command()
+def verify(path: _BundleOrStore = None, as_json: _JsonFlag = False) -> None:
+    """Reads every byte of a bundle, checks its parts against each other and asks its golden queries.
+
+    Exits with 3 when something is wrong, because such a bundle cannot be used.
+    """
+    with _reported(as_json=as_json):
+        report = verify_bundle(stores.resolve_bundle(path or stores.default_store()))
+        if as_json:
+            problems = [
+                {"file": problem.file, "reason": problem.error.reason, "message": str(problem.error)}
+                for problem in report.problems
+            ]
+            _print_json({"path": str(report.path), "ok": report.ok, "problems": problems})
+        else:
+            console = Console()
+            for problem in report.problems:
+                console.print(f"[red]{escape(problem.file)}[/red]: {escape(str(problem.error))}", soft_wrap=True)
+            verdict = "[green]nothing wrong[/green]" if report.ok else f"[red]{len(report.problems)} problems[/red]"
+            console.print(f"{escape(str(report.path))}: {verdict}", soft_wrap=True)
+        if not report.ok:
+            raise typer.Exit(StoreError.exit_code)
+
+
+@index_app.command()
+def publish(
+    source: Annotated[Path, typer.Argument(help="Directory of the bundle to copy in.")],
+    store: _Store = None,
+    name: Annotated[str | None, typer.Option(help="Name in the store; the bundle's own by default.")] = None,
+    activate: Annotated[bool, typer.Option("--activate", help="Also make it the active bundle.")] = False,
+    as_json: _JsonFlag = False,
+) -> None:
+    """Copies a bundle into a store after verifying the copy; nobody sees it before it is whole."""
+    with _reported(as_json=as_json):
+        path = store or stores.default_store()
+        published = stores.publish(path, source, name=name, activate=activate)
+        _print_done(
+            {"store": str(path), "name": published, "active": activate},
+            f"published {published} in {path}" + (" and activated it" if activate else ""),
+            as_json=as_json,
+        )
+
+
+@index_app.command()
+def activate(
+    name: Annotated[str, typer.Argument(help="Name of the bundle in the store.")],
+    store: _Store = None,
+    as_json: _JsonFlag = False,
+) -> None:
+    """Makes a bundle the active one; a server takes it up when it is told to or started anew."""
+    with _reported(as_json=as_json):
+        path = store or stores.default_store()
+        stores.activate(path, name)
+        _print_done({"store": str(path), "name": name, "active": True}, f"activated {name} in {path}", as_json=as_json)
+
+
+@index_app.command()
+def rollback(store: _Store = None, as_json: _JsonFlag = False) -> None:
+    """Goes back to the bundle that was active before; again, and it goes back further."""
+    with _reported(as_json=as_json):
+        path = store or stores.default_store()
+        name = stores.rollback(path)
+        _print_done(
+            {"store": str(path), "name": name, "active": True}, f"went back to {name} in {path}", as_json=as_json
+        )
+
+
+@contextlib.contextmanager
+def _reported(*, as_json: bool) -> Iterator[None]:
+    """Turns errors into a message and the exit code that they carry."""
+    try:
+        yield
+    except (GeoSurgeError, OSError) as caught:
+        # A store on a full or read-only disk is an error of the store, whatever the system calls it.
+        error = caught if isinstance(caught, GeoSurgeError) else StoreError(str(caught))
+        if as_json:
+            _print_json({"error": {"reason": error.reason, "message": str(error)}})
+        else:
+            Console(stderr=True).print(f"[red]error[/red]: {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(error.exit_code) from caught
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content, ensure_ascii=False))
+
+
+def _print_done(content: dict[str, Any], sentence: str, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(content)
+    else:
+        Console().print(escape(sentence), soft_wrap=True)
+
+
+def _print_bundle(bundle: Bundle, size: int) -> None:
+    manifest = bundle.manifest
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    encoder, calibration = manifest.encoder, manifest.calibration
+    for name, value in (
+        ("name", manifest.name),
+        ("path", str(bundle.path)),
+        ("created", _utc(manifest.create_time)),
+        ("about", manifest.description),
+        ("locates", manifest.domain.can),
+        ("does not locate", manifest.domain.cannot),
+        ("trained on", manifest.domain.training),
+        ("size", f"{size / 1e6:.1f} MB in {len(manifest.files)} files"),
+        ("vectors", f"{manifest.dimension} values, {manifest.scoring}, {manifest.metric}"),
+        ("beam width", str(manifest.default_beam_width)),
+        ("answer", manifest.point_estimator),
+        (
+            "encoder",
+            "none: answers embeddings only"
+            if encoder is None
+            else f"{encoder.vision} + {encoder.segmentation}, {encoder.parameters:,} parameters, {encoder.sha256[:12]}",
+        ),
+        (
+            "calibration",
+            "none"
+            if calibration is None
+            else f"temperature {calibration.temperature:.3g}, expected calibration error "
+            f"{calibration.expected_calibration_error:.3f} on {calibration.sample_count:,} samples",
+        ),
+        ("checked by", f"{len(manifest.golden_queries)} golden queries, {len(manifest.golden_images)} golden images"),
+        ("libraries", ", ".join(f"{library} {version}" for library, version in manifest.library_versions.items())),
+    ):
+        facts.add_row(f"[bold]{name}[/bold]", escape(value))
+    levels = Table("level", "cells", "S2 levels", "temperature", "storage", title="levels", title_justify="left")
+    for level, temperature in zip(manifest.levels, manifest.temperatures, strict=True):
+        s2_levels = "" if level.s2_level_min is None else f"{level.s2_level_min} to {level.s2_level_max}"
+        levels.add_row(str(level.level), f"{level.cells:,}", s2_levels, f"{temperature:.4g}", level.storage)
+    console = Console()
+    console.print(facts)
+    console.print(levels)
+
+
+def _utc(time: datetime) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
