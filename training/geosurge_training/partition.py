@@ -200,11 +200,11 @@ def adaptive_partition(
     Every kept cell of level l has more than ``tau_min[l]`` samples. It has at most ``tau_max[l]``, unless it is of
     ``max_s2_level`` (many samples at one coordinate) or all its children have at most ``tau_min[l]``.
 
-    The samples are streamed: counting takes one pass for every six S2 levels that are reached (two or three for photo
-    collections), means and spreads one pass each. Besides one chunk, memory holds 16 bytes for each distinct occupied
-    cell of the S2 level being counted (a small multiple while chunks are merged); only cells inside those that still
-    have more than ``tau_max[-1]`` samples are counted, at most 4,096 in each. No Python object is made for a sample.
-    The result does not depend on how the samples are cut into chunks, to the last bit.
+    The samples are streamed: counting takes one pass for every six S2 levels that are reached, means and spreads one
+    pass each. Besides one chunk, memory holds 16 bytes for each distinct occupied cell of the S2 level being counted
+    (a small multiple while chunks are merged); only cells inside those that still have more than ``tau_max[-1]``
+    samples are counted, at most 4,096 in each. No Python object is made for a sample. The result does not depend on
+    how the samples are cut into chunks, to the last bit.
 
     Args:
         chunks: Pairs of (n,) latitudes and (n,) longitudes in degrees. They are iterated several times and must be the
