@@ -373,6 +373,7 @@ class CellTree:
                     )
             for level in range(1, self.level_count + 1):
                 self._check_links(level)
+            for level in range(1, self.level_count + 1):
                 tokens = self.tokens(level, np.arange(self.cell_counts[level - 1]))
                 for ordinal, token in enumerate(tokens):
                     self._check_record(transaction, level, ordinal, token)

