@@ -1,0 +1,87 @@
+"""Requests of the public API to what the engine is called with; answers and errors are in `geosurge.wire`."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geosurge.errors import GeoSurgeError, OptionOutOfRangeError, QueryMissingError
+from geosurge.location import LocateOptions
+from geosurge.v1 import geolocation_pb2
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST_ID_LENGTH = 4096
+"""Characters that a request id may have: it is echoed and logged, and may be a path."""
+
+
+def request_to_query(request: geolocation_pb2.LocateRequest) -> bytes | NDArray[np.float32]:
+    """Reads what is to be located.
+
+    Returns:
+        The encoded image, or the embedding of shape (d,).
+
+    Raises:
+        QueryMissingError: The request holds neither.
+    """
+    kind = request.WhichOneof("query")
+    if kind == "image":
+        return request.image
+    if kind == "embedding":
+        return np.array(request.embedding.values, dtype=np.float32)
+    raise QueryMissingError("the request holds neither an image nor an embedding; set one of the two")
+
+
+def message_to_options(message: geolocation_pb2.LocateOptions) -> LocateOptions:
+    """Reads the options of a request; a field that is not set takes its default, one that is set is kept even if zero.
+
+    Raises:
+        OptionOutOfRangeError: The search mode is not one that this engine knows.
+    """
+    if message.search_mode not in geolocation_pb2.SearchMode.values():
+        raise OptionOutOfRangeError(
+            f"search_mode is {message.search_mode}, which this server does not know; use SEARCH_MODE_BEAM or "
+            "SEARCH_MODE_EXACT"
+        )
+    default = LocateOptions()
+    return LocateOptions(
+        top_k=message.top_k if message.HasField("top_k") else default.top_k,
+        beam_width=message.beam_width if message.HasField("beam_width") else None,
+        exact=message.search_mode == geolocation_pb2.SEARCH_MODE_EXACT,
+        confidence_level=message.confidence_level if message.HasField("confidence_level") else default.confidence_level,
+        h3_resolution=message.h3_resolution if message.HasField("h3_resolution") else None,
+        region_tokens=tuple(message.region_tokens),
+    )
+
+
+def request_to_id(request: geolocation_pb2.LocateRequest) -> str:
+    """The id that a request's answer carries: its own, or a new one when it has none."""
+    return request.request_id or uuid.uuid4().hex
+
+
+def check_request_id(request_id: str) -> None:
+    """Refuses an id that is too long to be echoed and logged.
+
+    Raises:
+        OptionOutOfRangeError: It has more than `MAX_REQUEST_ID_LENGTH` characters.
+    """
+    if len(request_id) > MAX_REQUEST_ID_LENGTH:
+        raise OptionOutOfRangeError(
+            f"request_id has {len(request_id)} characters, at most {MAX_REQUEST_ID_LENGTH} are allowed"
+        )
+
+
+def exception_to_error(exception: Exception) -> GeoSurgeError:
+    """Turns whatever was raised into an error that may leave the process.
+
+    An error raised on purpose is returned as it is. Anything else is logged with its traceback under a new id, and only
+    that id is passed on.
+    """
+    if isinstance(exception, GeoSurgeError):
+        return exception
+    error_id = uuid.uuid4().hex
+    logger.error("unexpected failure error_id=%s", error_id, exc_info=exception)
+    return GeoSurgeError(f"the engine failed; the server logged the cause as {error_id}")

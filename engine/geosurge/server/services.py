@@ -1,0 +1,299 @@
+"""The services of the public API. Every call takes one version handle and answers from it alone."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import geosurge
+from geosurge.cells import CellTree
+from geosurge.errors import CoordinateOutOfRangeError, GeoSurgeError, PageInvalidError, ShuttingDownError
+from geosurge.locator import MAX_BEAM_WIDTH, MAX_REGION_TOKENS, MAX_TOP_K
+from geosurge.server.admission import Admission, Permit
+from geosurge.server.batcher import Batcher
+from geosurge.server.conversions import (
+    check_request_id,
+    exception_to_error,
+    message_to_options,
+    request_to_id,
+    request_to_query,
+)
+from geosurge.server.interceptors import current_call
+from geosurge.server.versions import VersionHandle, Versions
+from geosurge.settings import ServerSettings
+from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc
+from geosurge.wire import error_to_status, location_to_response
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+# What a stream's writer is handed, in order: an item's task, or how the stream ends.
+_Answer = asyncio.Task[geolocation_pb2.LocateStreamResponse] | GeoSurgeError | None
+
+
+class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
+    """Locates images and embeddings."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        versions: Versions,
+        batcher: Batcher,
+        admission: Admission,
+        stopping: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._versions = versions
+        self._batcher = batcher
+        self._admission = admission
+        self._stopping = stopping
+
+    async def Locate(  # noqa: N802
+        self,
+        request: geolocation_pb2.LocateRequest,
+        context: Any,  # noqa: ANN401
+    ) -> geolocation_pb2.LocateResponse:
+        """Locates one image or embedding; refused at once when no permit is free."""
+        request_id = request_to_id(request)
+        current_call().request_id = request_id
+        with self._admission.take():
+            return await self._locate(request, request_id, _deadline(context))
+
+    async def LocateStream(  # noqa: N802
+        self,
+        requests: AsyncIterator[geolocation_pb2.LocateStreamRequest],
+        context: Any,  # noqa: ANN401
+    ) -> None:
+        """Locates many, answering in order; waits for permits, so that the client is slowed down instead of refused.
+
+        When the server stops, what was taken from the stream is answered and the stream then ends with SHUTTING_DOWN.
+        """
+        call = current_call()
+        call.item_count = 0
+        deadline = _deadline(context)
+        answers: asyncio.Queue[_Answer] = asyncio.Queue()
+        window = asyncio.Semaphore(self._settings.max_stream_window)
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(self._read(requests, group, answers, window, deadline))
+            watching = group.create_task(self._end_when_stopping(reading))
+            error: GeoSurgeError | None = None
+            while (answer := await answers.get()) is not None:
+                if isinstance(answer, GeoSurgeError):
+                    error = answer
+                    break
+                response = await answer
+                call.item_count += 1
+                call.failed_item_count += response.HasField("status")
+                await context.write(response)
+                window.release()
+            watching.cancel()
+        if error is not None:
+            raise error
+
+    async def GetInfo(  # noqa: N802
+        self,
+        request: geolocation_pb2.GetInfoRequest,  # noqa: ARG002
+        context: Any,  # noqa: ANN401, ARG002
+    ) -> geolocation_pb2.GetInfoResponse:
+        """Describes the server and its active version."""
+        async with self._versions.acquire() as handle:
+            current_call().index_version = handle.name
+            return info_message(handle, self._settings)
+
+    async def _locate(
+        self, request: geolocation_pb2.LocateRequest, request_id: str, deadline: float
+    ) -> geolocation_pb2.LocateResponse:
+        check_request_id(request_id)
+        options = message_to_options(request.options)
+        query = request_to_query(request)
+        async with self._versions.acquire(request.options.index_version) as handle:
+            current_call().index_version = handle.name
+            location = await self._batcher.locate(handle, query, options, deadline=deadline)
+        return location_to_response(location, request_id)
+
+    async def _locate_item(
+        self, request: geolocation_pb2.LocateRequest, deadline: float
+    ) -> geolocation_pb2.LocateStreamResponse:
+        request_id = request_to_id(request)
+        try:
+            response = await self._locate(request, request_id, deadline)
+        except Exception as exception:  # noqa: BLE001
+            status = error_to_status(exception_to_error(exception), {"request_id": request_id})
+            return geolocation_pb2.LocateStreamResponse(request_id=request_id, status=status)
+        return geolocation_pb2.LocateStreamResponse(request_id=request_id, response=response)
+
+    async def _read(
+        self,
+        requests: AsyncIterator[geolocation_pb2.LocateStreamRequest],
+        group: asyncio.TaskGroup,
+        answers: asyncio.Queue[_Answer],
+        window: asyncio.Semaphore,
+        deadline: float,
+    ) -> None:
+        """Turns requests into tasks, in order, as permits and the window allow; then says how the stream ends."""
+        end: GeoSurgeError | None = None
+        try:
+            async for item in requests:
+                await window.acquire()
+                permit = await self._admission.wait()
+                task = group.create_task(self._locate_item(item.request, deadline))
+                # A task that is cancelled before its first step runs none of its own code.
+                task.add_done_callback(_releaser(permit))
+                answers.put_nowait(task)
+        except asyncio.CancelledError:
+            if not self._stopping.is_set():
+                raise
+            end = ShuttingDownError("the server is stopping; send what was not answered again, to another one")
+        except GeoSurgeError as error:
+            end = error
+        answers.put_nowait(end)
+
+    async def _end_when_stopping(self, reading: asyncio.Task[None]) -> None:
+        await self._stopping.wait()
+        reading.cancel()
+
+
+class CellService(cell_pb2_grpc.CellServiceServicer):
+    """Reads the cells of an index version. Look-ups touch the disk, so they run on threads."""
+
+    def __init__(self, settings: ServerSettings, versions: Versions) -> None:
+        self._settings = settings
+        self._versions = versions
+
+    async def GetCell(  # noqa: N802
+        self,
+        request: cell_pb2.GetCellRequest,
+        context: Any,  # noqa: ANN401, ARG002
+    ) -> cell_pb2.GetCellResponse:
+        """Returns one cell by its token."""
+        level = request.level if request.HasField("level") else None
+        cell, version = await self._read(request.index_version, CellTree.find, request.token, level)
+        return cell_pb2.GetCellResponse(cell=cell, index_version=version)
+
+    async def ListChildren(  # noqa: N802
+        self,
+        request: cell_pb2.ListChildrenRequest,
+        context: Any,  # noqa: ANN401, ARG002
+    ) -> cell_pb2.ListChildrenResponse:
+        """Returns a page of the children of a cell, or of the cells of level 1."""
+        level = request.level if request.HasField("level") else None
+        size = min(request.page_size or self._settings.max_page_size, self._settings.max_page_size)
+        start, version = _read_page_token(request)
+
+        def read(tree: CellTree) -> tuple[list[cell_pb2.Cell], bool]:
+            child_level, children = _children(tree, request.token, level)
+            if not 0 <= start <= len(children):
+                raise _page_error()
+            page = children[start : start + size]
+            return [tree.cell(child_level, ordinal) for ordinal in page], start + size < len(children)
+
+        (cells, more), version = await self._read(version, read)
+        token = _write_page_token(request, start + size, version) if more else ""
+        return cell_pb2.ListChildrenResponse(cells=cells, index_version=version, next_page_token=token)
+
+    async def GetPath(  # noqa: N802
+        self,
+        request: cell_pb2.GetPathRequest,
+        context: Any,  # noqa: ANN401, ARG002
+    ) -> cell_pb2.GetPathResponse:
+        """Returns the cells that hold a coordinate."""
+        if not request.HasField("coordinate"):
+            raise CoordinateOutOfRangeError("the request has no coordinate; set latitude_deg and longitude_deg")
+        latitude_deg, longitude_deg = request.coordinate.latitude_deg, request.coordinate.longitude_deg
+        cells, version = await self._read(request.index_version, CellTree.path, latitude_deg, longitude_deg)
+        return cell_pb2.GetPathResponse(cells=cells, index_version=version)
+
+    async def _read(
+        self,
+        version: str,
+        function: Callable[Concatenate[CellTree, _Parameters], _Result],
+        *arguments: _Parameters.args,
+        **keywords: _Parameters.kwargs,
+    ) -> tuple[_Result, str]:
+        async with self._versions.acquire(version) as handle:
+            current_call().index_version = handle.name
+            result = await asyncio.to_thread(function, handle.locator.tree, *arguments, **keywords)
+            return result, handle.name
+
+
+def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation_pb2.GetInfoResponse:
+    """Describes a server with these settings that serves this version."""
+    manifest = handle.locator.manifest
+    response = geolocation_pb2.GetInfoResponse(
+        engine_version=geosurge.__version__,
+        index_version=handle.name,
+        domain=f"{manifest.domain.can} Not: {manifest.domain.cannot} Trained on: {manifest.domain.training}",
+        dimension=manifest.dimension,
+        levels=[geolocation_pb2.LevelInfo(level=level.level, cell_count=level.cells) for level in manifest.levels],
+        encoder_sha256="" if manifest.encoder is None else manifest.encoder.sha256,
+        image_formats=handle.locator.limits.formats if manifest.encoder is not None else (),
+        limits=geolocation_pb2.Limits(
+            max_image_bytes=settings.max_image_bytes,
+            max_image_pixels=settings.max_image_pixels,
+            min_image_side_px=handle.locator.limits.min_side_px,
+            max_top_k=MAX_TOP_K,
+            max_beam_width=MAX_BEAM_WIDTH,
+            max_region_tokens=MAX_REGION_TOKENS,
+            max_batch_size=settings.max_batch_size,
+            max_concurrent_requests=settings.max_concurrent_requests,
+        ),
+        default_beam_width=manifest.default_beam_width,
+    )
+    response.index_create_time.FromDatetime(manifest.create_time)
+    return response
+
+
+def _deadline(context: Any) -> float:  # noqa: ANN401
+    """Moment of `time.monotonic` at which the call's deadline passes; infinite without one."""
+    remaining = context.time_remaining()
+    return math.inf if remaining is None else time.monotonic() + remaining
+
+
+def _releaser(permit: Permit) -> Callable[[object], None]:
+    def release(_task: object) -> None:
+        permit.release()
+
+    return release
+
+
+def _children(tree: CellTree, token: str, level: int | None) -> tuple[int, range]:
+    """Level and ordinals of the children of a cell; without a token, of the whole globe."""
+    if not token:
+        return 1, range(tree.cell_counts[0])
+    parent = tree.find(token, level, finest=True)
+    return parent.level + 1, tree.children(parent.level, parent.ordinal)
+
+
+def _write_page_token(request: cell_pb2.ListChildrenRequest, start: int, version: str) -> str:
+    return base64.urlsafe_b64encode(json.dumps([version, *_listing(request), start]).encode()).decode()
+
+
+def _read_page_token(request: cell_pb2.ListChildrenRequest) -> tuple[int, str]:
+    """Where a page starts, and the version it is read from: that of the first page, so that pages fit together."""
+    if not request.page_token:
+        return 0, request.index_version
+    try:
+        version, *listing, start = json.loads(base64.b64decode(request.page_token, altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError, TypeError, RecursionError) as error:
+        raise _page_error() from error
+    fits = listing == _listing(request) and request.index_version in ("", version)
+    if not (fits and isinstance(version, str) and isinstance(start, int)):
+        raise _page_error()
+    return start, version
+
+
+def _listing(request: cell_pb2.ListChildrenRequest) -> list[Any]:
+    return [request.token, request.level if request.HasField("level") else None]
+
+
+def _page_error() -> PageInvalidError:
+    return PageInvalidError(
+        "page_token was not issued for this cell, level and index version; repeat the request that issued it with "
+        "the token added, or start again without one"
+    )

@@ -1,0 +1,206 @@
+"""Settings of the server: a flag, an environment variable and a key of the configuration file are one and the same.
+
+The field ``max_batch_size`` is the flag ``--max-batch-size``, the variable ``GEOSURGE_MAX_BATCH_SIZE`` and the TOML key
+``max_batch_size``. Flags win over the environment, which wins over the file, which wins over the defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from geosurge.errors import ConfigurationError
+from geosurge.store import default_store
+
+ENVIRONMENT_PREFIX: Final = "GEOSURGE_"
+
+
+class ServerSettings(BaseSettings):
+    """Everything about a server that can be set; `load_settings` says where the values come from."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
+
+    index: Path = Field(
+        default_factory=default_store,
+        description="Index store, whose current bundle is served, or one bundle's own directory.",
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on; anything but a loopback address also needs allow_remote.",
+    )
+    port: int = Field(default=50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    allow_remote: bool = Field(
+        default=False,
+        description="Listen on an address that other machines reach. The server itself has neither encryption nor "
+        "credentials: only for a network, or behind a proxy, that provides them.",
+    )
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="Where the encoder and the indexes live: cpu, cuda or cuda:N.",
+    )
+    max_image_bytes: int = Field(
+        default=20_000_000, ge=1, le=500_000_000, description="Largest encoded image that is accepted, bytes."
+    )
+    max_image_pixels: int = Field(
+        default=100_000_000,
+        ge=1,
+        description="Most pixels (width x height) that an image may announce; each costs 3 bytes while it is decoded.",
+    )
+    max_batch_size: int = Field(
+        default=32, ge=1, le=4096, description="Most requests that are encoded and searched together."
+    )
+    max_concurrent_requests: int = Field(
+        default=256,
+        ge=1,
+        le=100_000,
+        description="Requests worked on or queued at once. A unary call beyond it is refused, a stream waits.",
+    )
+    max_stream_window: int = Field(
+        default=64,
+        ge=1,
+        le=10_000,
+        description="Items of one stream worked on or waiting to be sent at once; the client is slowed down beyond it.",
+    )
+    max_page_size: int = Field(
+        default=500, ge=1, le=10_000, description="Most cells in one page of a listing; also the default."
+    )
+    decode_workers: int = Field(
+        default_factory=lambda: (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ),
+        ge=1,
+        le=256,
+        description="Threads that decode images; by default one a usable core.",
+    )
+    torch_threads: int | None = Field(
+        default=None, ge=1, le=256, description="Threads that the encoder computes with; by default PyTorch decides."
+    )
+    drain_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        le=600,
+        description="Time between reporting NOT_SERVING and refusing calls, for load balancers to notice.",
+    )
+    grace_seconds: float = Field(
+        default=30.0, ge=0, le=3600, description="Time that calls in flight get to finish when the server stops."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe messages that are logged."
+    )
+
+    @property
+    def max_receive_message_bytes(self) -> int:
+        """Transport limit of one message.
+
+        gRPC refuses a larger message before the engine sees it, which ends a whole stream. Twice the image limit (and a
+        mebibyte for the other fields) leaves room for an image over its limit to be refused as one item, with its own
+        reason.
+        """
+        return 2 * self.max_image_bytes + (1 << 20)
+
+    @property
+    def address(self) -> str:
+        """``host:port``, as gRPC writes it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _refuse_unprotected_exposure(self) -> Self:
+        if not self.allow_remote and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host!r} can be reached from other machines, but the server has neither encryption nor "
+                "credentials; listen on 127.0.0.1, or pass --allow-remote if the network in front of it provides both"
+            )
+        return self
+
+
+def load_settings(config_file: Path | None = None, **flags: Any) -> ServerSettings:  # noqa: ANN401
+    """Reads the settings from every source.
+
+    Args:
+        config_file: A TOML file with settings as its keys; ``None`` reads none.
+        **flags: Values given on the command line; ``None`` means that the flag was not given.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or a value is wrong or unknown; names each and where it is set.
+    """
+    sources: dict[str, Mapping[str, Any]] = {
+        "file": _read_toml(config_file) if config_file is not None else {},
+        "environment": EnvSettingsSource(ServerSettings)(),
+        "flag": {name: value for name, value in flags.items() if value is not None},
+    }
+    merged = {name: value for source in sources.values() for name, value in source.items()}
+    try:
+        return ServerSettings(**merged)
+    except ValidationError as error:
+        problems = [_describe(problem, sources, config_file) for problem in error.errors()]
+        raise ConfigurationError("; ".join(problems)) from error
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Finds variables that look like settings and are none, each with the setting it may have been meant as.
+
+    They are not refused: a cluster may put variables of this prefix into every process.
+    """
+    known = {name.upper() for name in ServerSettings.model_fields}
+    found: dict[str, str | None] = {}
+    for variable in environment:
+        name = variable.upper().removeprefix(ENVIRONMENT_PREFIX)
+        if variable.upper().startswith(ENVIRONMENT_PREFIX) and name not in known:
+            closest = _closest(name, sorted(known))
+            found[variable] = closest and ENVIRONMENT_PREFIX + closest
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine alone; a name other than ``localhost`` counts as remote."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the configuration file {path} is not valid TOML: {error}") from error
+
+
+def _describe(problem: Any, sources: Mapping[str, Mapping[str, Any]], config_file: Path | None) -> str:  # noqa: ANN401
+    """One sentence on one problem that pydantic found: which setting, from where, what is wrong."""
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    name = str(problem["loc"][0])
+    source = next((source for source in reversed(list(sources)) if name in sources[source]), "")
+    where = {
+        "flag": f"--{name.replace('_', '-')}",
+        "environment": f"{ENVIRONMENT_PREFIX}{name.upper()} in the environment",
+        "file": f"{name} in {config_file}",
+    }.get(source, name)
+    if problem["type"] == "extra_forbidden":
+        closest = _closest(name, list(ServerSettings.model_fields))
+        return f"{where}: there is no such setting" + (f"; did you mean {closest}?" if closest else "")
+    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _closest(name: str, known: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)

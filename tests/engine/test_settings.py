@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from geosurge.errors import ConfigurationError
+from geosurge.settings import ServerSettings, is_loopback, load_settings, unknown_variables
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ServerSettings.model_fields:
+        monkeypatch.delenv(f"GEOSURGE_{name.upper()}", raising=False)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_defaults_are_local_and_valid() -> None:
+    settings = load_settings()
+    assert settings.host == "127.0.0.1"
+    assert settings.port == 50051
+    assert settings.decode_workers >= 1
+    assert settings.max_receive_message_bytes > settings.max_image_bytes
+
+
+def test_every_field_is_described() -> None:
+    assert all(field.description for field in ServerSettings.model_fields.values())
+
+
+def test_a_flag_wins_over_the_environment_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "server.toml", "port = 1\nmax_batch_size = 2\ngrace_seconds = 3.5\n")
+    monkeypatch.setenv("GEOSURGE_PORT", "4")
+    monkeypatch.setenv("GEOSURGE_MAX_BATCH_SIZE", "5")
+    settings = load_settings(file, port=6, host=None)
+    assert (settings.port, settings.max_batch_size, settings.grace_seconds) == (6, 5, 3.5)
+    assert settings.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_batch = 3\n", r"max_batch in .*server.toml: there is no such setting; did you mean max_batch_size\?"),
+        ("port = 70000\n", r"port in .*server.toml is 70000: input should be less than or equal to 65535"),
+        ("port = \n", r"server.toml is not valid TOML"),
+        ("[server]\nport = 1\n", r"server in .*server.toml: there is no such setting"),
+        ("port = 'a'\nmax_batch_size = 0\n", r"port in .*'a'.*; max_batch_size in .* is 0"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place_and_the_reason(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigurationError, match=expected):
+        load_settings(write(tmp_path / "server.toml", text))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot read the configuration file"):
+        load_settings(tmp_path / "missing.toml")
+
+
+def test_a_wrong_variable_and_a_wrong_flag_are_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEOSURGE_PORT", "tcp://10.0.0.1:80")
+    with pytest.raises(ConfigurationError, match="GEOSURGE_PORT in the environment is 'tcp"):
+        load_settings()
+    with pytest.raises(ConfigurationError, match="--device is 'tpu'"):
+        load_settings(port=1, device="tpu")
+
+
+def test_an_unknown_variable_is_reported_with_its_closest_setting() -> None:
+    environment = {"GEOSURGE_MAX_BATCH_SIZ": "1", "GEOSURGE_PORT": "1", "HOME": "/", "GEOSURGE_QQ": ""}
+    assert unknown_variables(environment) == {"GEOSURGE_MAX_BATCH_SIZ": "GEOSURGE_MAX_BATCH_SIZE", "GEOSURGE_QQ": None}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
+def test_listening_beyond_loopback_needs_an_explicit_flag(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="--allow-remote"):
+        load_settings(host=host)
+    assert load_settings(host=host, allow_remote=True).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_addresses_need_none(host: str) -> None:
+    assert is_loopback(host)
+    assert load_settings(host=host).host == host
+
+
+def test_an_ipv6_address_is_bracketed() -> None:
+    assert load_settings(host="::1", port=7).address == "[::1]:7"
