@@ -49,6 +49,13 @@ class InputNotReadableError(InputError):
     reason = "INPUT_NOT_READABLE"
 
 
+class EncoderMissingError(InputError):
+    """An image was sent to an index version that has no encoder: it answers embeddings only."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "ENCODER_MISSING"
+
+
 class ImageError(InputError):
     """The image cannot be used."""
 
@@ -241,10 +248,14 @@ class ServiceError(GeoSurgeError):
 
 
 class OverloadedError(ServiceError):
-    """All permits are taken; try again after the time that comes with the error."""
+    """All permits are taken; try again after ``retry_after_seconds``."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
+
+    def __init__(self, message: str = "", *, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class MessageTooLargeError(ServiceError):
