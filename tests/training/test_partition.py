@@ -20,6 +20,7 @@ from geosurge.geodesy import (
     latlng_to_cell_id,
     spherical_mean,
 )
+from geosurge_training import partition as partition_module
 from geosurge_training.partition import Partition, PartitionLevel, adaptive_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,7 +74,8 @@ def cases(draw: st.DrawFn) -> Case:
     level_count = draw(st.integers(1, 4))
     low = sorted(draw(st.lists(threshold, min_size=level_count, max_size=level_count)), reverse=True)
     above = sorted(draw(st.lists(threshold, min_size=level_count, max_size=level_count)), reverse=True)
-    high = [tau_min + extra + 0.5 for tau_min, extra in zip(low, above, strict=True)]
+    margin = draw(st.sampled_from([0.5, 1.0]))
+    high = [tau_min + extra + margin for tau_min, extra in zip(low, above, strict=True)]
     start = draw(st.integers(0, 6))
     return Case(latitude, longitude, tuple(low), tuple(high), start, draw(st.integers(start, 30)))
 
@@ -162,6 +164,16 @@ def test_chunks_do_not_change_the_last_bit(case: Case, chunk_size: int) -> None:
     if not oracle(case)[0]:
         return
     whole, cut = case.partition(), case.partition(chunk_size)
+    for level, other in zip(whole.levels, cut.levels, strict=True):
+        for column in dataclasses.fields(PartitionLevel):
+            np.testing.assert_array_equal(getattr(level, column.name), getattr(other, column.name))
+
+
+def test_blocks_do_not_change_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    latitude, longitude = clustered(5_000, 50, seed=2)
+    whole = adaptive_partition([(latitude, longitude)], [2, 1], [100, 10])
+    monkeypatch.setattr(partition_module, "_BLOCK_SAMPLES", 64)
+    cut = adaptive_partition([(latitude, longitude)], [2, 1], [100, 10])
     for level, other in zip(whole.levels, cut.levels, strict=True):
         for column in dataclasses.fields(PartitionLevel):
             np.testing.assert_array_equal(getattr(level, column.name), getattr(other, column.name))
