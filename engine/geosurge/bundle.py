@@ -495,8 +495,7 @@ def _structure_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex
             )
     for above, level, file in zip(levels, levels[1:], files[1:], strict=False):
         children = np.bincount(tree.parents(level.level), minlength=above.cells)
-        indexed = getattr(index, "child_counts", lambda _, expected=children: expected)(above.level)
-        differing = np.flatnonzero(indexed != children)
+        differing = np.flatnonzero(index.child_counts(above.level) != children)
         if differing.size:
             yield Problem(
                 level.file,

@@ -158,6 +158,17 @@ class HierarchicalIndex:
     ) -> None:
         self.close()
 
+    def child_counts(self, level: int) -> NDArray[np.int64]:
+        """Children of each cell of a level on the next level.
+
+        Args:
+            level: 1 to L - 1.
+
+        Returns:
+            ``(n,)``: the sizes of the inverted lists of level ``level + 1``.
+        """
+        return _list_sizes(self._open_indexes(self._cpu_indexes)[level])
+
     def check(self) -> None:
         """Read every id of every level: list *p* must hold exactly the ordinals that follow those of list *p - 1*.
 
@@ -466,9 +477,11 @@ def _check_levels(paths: Sequence[Path], indexes: Sequence[_FaissIndex]) -> None
 
 def _cumulative_family_sizes(index: _FaissIndex) -> NDArray[np.int64]:
     """``(nlist,)``: the most children that 1, 2, ... cells can have together."""
-    lists = index.invlists
-    sizes = np.fromiter(map(lists.list_size, range(index.nlist)), np.int64, index.nlist)
-    return np.cumsum(np.sort(sizes)[::-1])
+    return np.cumsum(np.sort(_list_sizes(index))[::-1])
+
+
+def _list_sizes(index: _FaissIndex) -> NDArray[np.int64]:
+    return np.fromiter(map(index.invlists.list_size, range(index.nlist)), np.int64, index.nlist)
 
 
 def _merge_ranges(ranges: Iterable[tuple[int, int]], leaf_count: int) -> list[tuple[int, int]]:
