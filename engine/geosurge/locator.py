@@ -1,0 +1,532 @@
+"""Images or embeddings in, `Location`s out: the one place where an encoder and an index meet.
+
+A `Locator` is one index bundle, opened. It answers in batches; within a batch, the queries that are searched alike
+(same beam width, or exactly, or within the same region) share one call of the index, and each then gets its own
+posterior. A query that cannot be answered yields its error in its place and costs no other.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import math
+import operator
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeAlias
+
+import h3
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from geosurge import geodesy
+from geosurge.bundle import Bundle, check_encoder, check_index, open_bundle
+from geosurge.cells import CellTree
+from geosurge.encoder.model import ImageEncoder
+from geosurge.errors import (
+    BundleCorruptError,
+    BundleInconsistentError,
+    CellUnknownError,
+    EmbeddingInvalidError,
+    EncoderMissingError,
+    InputError,
+    OptionOutOfRangeError,
+    RegionCellUnknownError,
+    RegionEmptyError,
+)
+from geosurge.images import DEFAULT_LIMITS, ImageLimits, decode_image, normalise_image, read_image_bytes
+from geosurge.location import Alternative, CredibleRegion, LocateOptions, Location, PathCell, Timings
+from geosurge.manifest import Manifest
+from geosurge.posterior import Calibration, LeafShapes, Posterior, infer, leaf_shapes, path_masses
+from geosurge.search import HierarchicalIndex
+from geosurge.store import resolve_bundle
+
+ImageInput: TypeAlias = bytes | Image.Image | str | Path
+"""An encoded image, a decoded one, or the path of a file."""
+
+MAX_TOP_K: Final = 100
+MAX_BEAM_WIDTH: Final = 2048
+MAX_REGION_TOKENS: Final = 1000
+MAX_H3_RESOLUTION: Final = 15
+
+REACHED_LEAVES: Final = 1024
+"""Leaves that a beam search returns at most, as the support of the posterior: never only the few that will be shown."""
+
+_MAX_SCORES: Final = 1 << 24
+"""Exact search returns every leaf; a large batch over a large index is cut so that no call returns more scores."""
+
+_Ranges: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _SearchPlan:
+    """Queries with equal plans share one call of the index.
+
+    Attributes:
+        width: Beam width; ``None`` searches exactly.
+        leaf_ranges: Leaves that the answer must lie in; ``None`` is all leaves.
+    """
+
+    width: int | None
+    leaf_ranges: _Ranges | None
+
+
+class Locator:
+    """One index bundle, opened; made by `open`.
+
+    `preprocess`, `validate_options` and `normalise_embedding` may be called from any thread. `encode`,
+    `locate_embeddings` and `locate` belong to one thread at a time.
+
+    Attributes:
+        index_version: Name of the bundle; every answer carries it.
+        manifest: The bundle's manifest.
+        tree: Its cells.
+        index: Its embedding indexes.
+        limits: What is accepted as an image.
+        calibration: How its scores become probabilities.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tree: CellTree,
+        index: HierarchicalIndex,
+        encoder: ImageEncoder | None,
+        *,
+        calibration: Calibration,
+        limits: ImageLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self.index_version = manifest.name
+        self.manifest = manifest
+        self.tree = tree
+        self.index = index
+        self.limits = limits
+        self.calibration = calibration
+        self._encoder = encoder
+        leaves = tree.leaves
+        self._leaves: LeafShapes = leaf_shapes(
+            leaves.latitude_deg, leaves.longitude_deg, leaves.spread_km, leaves.area_km2
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        *,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        check_hashes: bool = True,
+    ) -> Locator:
+        """Opens a bundle after checking that its parts are whole and belong together.
+
+        The indexes must agree with the tree and with the manifest, the encoder must be the one that the indexes were
+        built for, and the golden queries and images must get their recorded answers.
+
+        Args:
+            path: Directory of a bundle, or a store, whose active bundle is opened.
+            device: Where encoder and indexes live: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+            limits: What is accepted as an image.
+            check_hashes: Also compare every byte with the manifest. LMDB and FAISS load a file with flipped bits
+                without noticing, so leave this out only where something else vouches for the files.
+
+        Raises:
+            BundleError: The bundle is missing, partial, corrupt, of another schema, or its parts do not fit.
+            StoreError: The store's pointer is damaged.
+            EncoderError: The encoder cannot be loaded.
+            UsageError: The device is unknown or cannot be used.
+        """
+        bundle = open_bundle(resolve_bundle(Path(path)))
+        if check_hashes:
+            _check_hashes(bundle)
+        calibration = _calibration(bundle)
+        with contextlib.ExitStack() as stack:
+            tree = stack.enter_context(CellTree.open(bundle.tree_path))
+            index = stack.enter_context(HierarchicalIndex.open(bundle.level_paths, device))
+            check_index(bundle, tree, index)
+            encoder = None
+            if bundle.encoder_path is not None:
+                encoder = ImageEncoder.load(bundle.encoder_path, device)
+                check_encoder(bundle, encoder)
+            locator = cls(bundle.manifest, tree, index, encoder, calibration=calibration, limits=limits)
+            stack.pop_all()
+        return locator
+
+    def close(self) -> None:
+        """Gives memory and files back; calling it again does nothing."""
+        self.index.close()
+        self.tree.close()
+        self._encoder = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        """The bundle's encoder.
+
+        Raises:
+            EncoderMissingError: The bundle has none, or the locator is closed.
+        """
+        if self._encoder is None:
+            raise EncoderMissingError(
+                f"index version {self.index_version!r} has no encoder and cannot read images; send an embedding of "
+                f"{self.manifest.dimension} values, or ask an index version with an encoder"
+            )
+        return self._encoder
+
+    def preprocess(self, data: bytes) -> NDArray[np.uint8]:
+        """Decodes an image to what the encoder reads.
+
+        Args:
+            data: An encoded image.
+
+        Returns:
+            (3, image_size, image_size) uint8.
+
+        Raises:
+            ImageError: The image cannot be used.
+            EncoderMissingError: The index version answers embeddings only.
+        """
+        return self.encoder.preprocess(decode_image(data, self.limits))
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embeds preprocessed images.
+
+        Args:
+            pixels: (n, 3, image_size, image_size) uint8, stacked results of `preprocess`.
+
+        Returns:
+            (n, d) float32, unit rows.
+
+        Raises:
+            EncoderMissingError: The index version answers embeddings only.
+        """
+        return self.encoder.encode(pixels)
+
+    def normalise_embedding(self, values: ArrayLike) -> NDArray[np.float32]:
+        """Checks one embedding and scales it to unit length.
+
+        Args:
+            values: (d,) numbers.
+
+        Returns:
+            (d,) float32.
+
+        Raises:
+            EmbeddingInvalidError: It has another length than the index's vectors, is not finite, or is zero.
+        """
+        dimension = self.manifest.dimension
+        try:
+            row = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise EmbeddingInvalidError(f"the embedding is not a sequence of {dimension} numbers: {error}") from error
+        if row.shape != (dimension,):
+            raise EmbeddingInvalidError(
+                f"the embedding has the shape {row.shape}, index version {self.index_version!r} needs ({dimension},): "
+                "use the encoder that the bundle was built with"
+            )
+        if not np.isfinite(row).all():
+            position = int(np.flatnonzero(~np.isfinite(row))[0])
+            raise EmbeddingInvalidError(f"value {position} of the embedding is {row[position]}; all must be finite")
+        largest = float(np.abs(row).max())
+        if largest == 0.0:
+            raise EmbeddingInvalidError("the embedding is zero, so it has no direction to search in")
+        # Squares of very large or small values would leave the range of float64.
+        row = row / largest
+        return np.asarray(row / math.sqrt(float(row @ row)), dtype=np.float32)
+
+    def validate_options(self, options: LocateOptions) -> None:
+        """Checks the options of one query, its region's cells included.
+
+        Raises:
+            OptionOutOfRangeError: An option is outside its range.
+            RegionCellUnknownError: The region names a cell that the index does not have.
+            RegionEmptyError: The region holds no leaf.
+        """
+        self._plan(options)
+
+    def locate_embeddings(
+        self, embeddings: NDArray[np.float32], options: Sequence[LocateOptions]
+    ) -> list[Location | InputError]:
+        """Locates a batch of embeddings.
+
+        Args:
+            embeddings: (n, d) visual embeddings; rows are scaled to unit length.
+            options: How each row is located, n of them.
+
+        Returns:
+            For each row its location, or the error that says why it has none. A location's `search_ms` is the time of
+            the call of the index that the row shared with others.
+
+        Raises:
+            ValueError: There are not as many options as rows.
+        """
+        if len(embeddings) != len(options):
+            raise ValueError(f"{len(embeddings)} embeddings but {len(options)} options; give one for each")
+        results: dict[int, Location | InputError] = {}
+        groups: defaultdict[_SearchPlan, list[tuple[int, NDArray[np.float32]]]] = defaultdict(list)
+        for row, (embedding, wanted) in enumerate(zip(embeddings, options, strict=True)):
+            try:
+                groups[self._plan(wanted)].append((row, self.normalise_embedding(embedding)))
+            except InputError as error:
+                results[row] = error
+        for plan, members in groups.items():
+            size = len(members) if plan.width is not None else max(1, _MAX_SCORES // self.tree.cell_counts[-1])
+            for start in range(0, len(members), size):
+                part = members[start : start + size]
+                queries = np.stack([embedding for _, embedding in part])
+                located = self._locate_alike(queries, plan, [options[row] for row, _ in part])
+                results.update(zip((row for row, _ in part), located, strict=True))
+        return [results[row] for row in range(len(options))]
+
+    def locate(
+        self,
+        images: Sequence[ImageInput],
+        options: LocateOptions | Sequence[LocateOptions] | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> list[Location | InputError]:
+        """Locates images.
+
+        Args:
+            images: Encoded images, Pillow images or paths, n of them.
+            options: How all are located, or each; by default `LocateOptions`' own.
+            batch_size: Images encoded together.
+
+        Returns:
+            For each image its location, or the error that says why it has none. A location's `encode_ms` is the time of
+            the batch that the image was encoded in.
+
+        Raises:
+            EncoderMissingError: The index version answers embeddings only.
+            ValueError: There are not as many options as images.
+        """
+        if options is None or isinstance(options, LocateOptions):
+            options = [options or LocateOptions()] * len(images)
+        if len(options) != len(images):
+            raise ValueError(f"{len(images)} images but {len(options)} options; give one for each, or one for all")
+        results: list[Location | InputError] = []
+        for start in range(0, len(images), batch_size):
+            end = start + batch_size
+            results += self._locate_batch(images[start:end], options[start:end])
+        return results
+
+    def _locate_batch(
+        self, images: Sequence[ImageInput], options: Sequence[LocateOptions]
+    ) -> list[Location | InputError]:
+        encoder = self.encoder
+        results: dict[int, Location | InputError] = {}
+        decoded: list[tuple[int, NDArray[np.uint8], float]] = []
+        for row, (image, wanted) in enumerate(zip(images, options, strict=True)):
+            begun = time.perf_counter()
+            try:
+                self.validate_options(wanted)
+                pixels = encoder.preprocess(self._read(image))
+            except InputError as error:
+                results[row] = error
+            else:
+                decoded.append((row, pixels, _milliseconds_since(begun)))
+        if decoded:
+            begun = time.perf_counter()
+            embeddings = encoder.encode(np.stack([pixels for _, pixels, _ in decoded]))
+            encode_ms = _milliseconds_since(begun)
+            located = self.locate_embeddings(embeddings, [options[row] for row, _, _ in decoded])
+            for (row, _, decode_ms), result in zip(decoded, located, strict=True):
+                results[row] = _with_image_timings(result, decode_ms, encode_ms)
+        return [results[row] for row in range(len(images))]
+
+    def _read(self, image: ImageInput) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return normalise_image(image, self.limits)
+        data = image if isinstance(image, bytes) else read_image_bytes(image, self.limits)
+        return decode_image(data, self.limits)
+
+    def _plan(self, options: LocateOptions) -> _SearchPlan:
+        _check_integer("top_k", options.top_k, 1, MAX_TOP_K)
+        if options.beam_width is not None:
+            _check_integer("beam_width", options.beam_width, 1, MAX_BEAM_WIDTH)
+        if options.h3_resolution is not None:
+            _check_integer("h3_resolution", options.h3_resolution, 0, MAX_H3_RESOLUTION)
+        if not 0.0 < options.confidence_level < 1.0:
+            raise OptionOutOfRangeError(
+                f"confidence_level is {options.confidence_level}; it must be greater than 0 and less than 1"
+            )
+        if options.region_tokens:
+            return _SearchPlan(None, self._leaf_ranges(options.region_tokens))
+        if options.exact:
+            return _SearchPlan(None, None)
+        width = self.manifest.default_beam_width if options.beam_width is None else options.beam_width
+        return _SearchPlan(width, None)
+
+    def _leaf_ranges(self, tokens: Sequence[str]) -> _Ranges:
+        """Merged half-open ranges of the leaves inside any of the cells."""
+        if len(tokens) > MAX_REGION_TOKENS:
+            raise OptionOutOfRangeError(
+                f"the region has {len(tokens)} cells, at most {MAX_REGION_TOKENS} are allowed; use larger cells"
+            )
+        merged: list[tuple[int, int]] = []
+        for first, end in sorted(self._leaf_range(token) for token in tokens):
+            if merged and first <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            elif first < end:
+                merged.append((first, end))
+        if not merged:
+            named = ", ".join(tokens[:5]) + (", ..." if len(tokens) > 5 else "")
+            raise RegionEmptyError(
+                f"the region ({named}) holds no leaf of index version {self.index_version!r}: its cells have no "
+                "training data or are smaller than leaves; use larger cells"
+            )
+        return tuple(merged)
+
+    def _leaf_range(self, token: str) -> tuple[int, int]:
+        """Leaves inside a cell of the tree, or inside any S2 cell where the tree is one of S2 cells."""
+        try:
+            cell = self.tree.find(token)
+        except CellUnknownError as error:
+            if not self.tree.has_s2_cells:
+                raise _unknown_cell(token, self.index_version) from error
+        else:
+            return self.tree.leaf_range(cell.level, cell.ordinal)
+        try:
+            smallest, largest = (int(bound[0]) for bound in geodesy.cell_id_range(geodesy.token_to_cell_id([token])))
+        except ValueError as error:
+            raise _unknown_cell(token, self.index_version) from error
+        # Leaves stand in the order of the Hilbert curve, along which everything inside a cell is one range of ids.
+        leaves = range(self.tree.cell_counts[-1])
+        first = bisect.bisect_left(leaves, smallest, key=self._leaf_cell_id)
+        return first, bisect.bisect_right(leaves, largest, lo=first, key=self._leaf_cell_id)
+
+    def _leaf_cell_id(self, ordinal: int) -> int:
+        return int(geodesy.token_to_cell_id(self.tree.tokens(self.tree.level_count, [ordinal]))[0])
+
+    def _locate_alike(
+        self, embeddings: NDArray[np.float32], plan: _SearchPlan, options: Sequence[LocateOptions]
+    ) -> list[Location]:
+        begun = time.perf_counter()
+        if plan.width is not None:
+            hits = self.index.search(embeddings, width=plan.width, k=REACHED_LEAVES)
+        else:
+            hits = self.index.exact(embeddings, k=self.tree.cell_counts[-1], leaf_ranges=plan.leaf_ranges)
+        search_ms = _milliseconds_since(begun)
+        return [
+            self._answer(ordinals[ordinals >= 0], scores[ordinals >= 0], wanted, search_ms)
+            for ordinals, scores, wanted in zip(hits.ordinals, hits.scores, options, strict=True)
+        ]
+
+    def _answer(
+        self, ordinals: NDArray[np.int64], scores: NDArray[np.float32], options: LocateOptions, search_ms: float
+    ) -> Location:
+        begun = time.perf_counter()
+        posterior = infer(
+            ordinals, scores, self._leaves, self.calibration.temperature, point=self.manifest.point_estimator
+        )
+        mass = self.calibration.mass_for_confidence(options.confidence_level)
+        alternatives = self._alternatives(posterior, options.top_k)
+        h3_cell = None
+        if options.h3_resolution is not None:
+            h3_cell = h3.latlng_to_cell(posterior.latitude_deg, posterior.longitude_deg, options.h3_resolution)
+        location = Location(
+            latitude_deg=posterior.latitude_deg,
+            longitude_deg=posterior.longitude_deg,
+            radius_km=posterior.radius_km(mass),
+            confidence_level=options.confidence_level,
+            probability=float(posterior.probabilities[0]),
+            path=self._path(posterior),
+            alternatives=alternatives,
+            credible_region=self._credible_region(posterior, options.confidence_level),
+            index_version=self.index_version,
+            place=alternatives[0].place,
+            h3_cell=h3_cell,
+        )
+        timings = Timings(search_ms=search_ms, posterior_ms=_milliseconds_since(begun))
+        return replace(location, timings=timings)
+
+    def _path(self, posterior: Posterior) -> tuple[PathCell, ...]:
+        path = self.tree.ancestors(posterior.ordinals[:1])[0].tolist()
+        cells = list(enumerate(path, start=1))
+        ranges = [self.tree.leaf_range(level, ordinal) for level, ordinal in cells]
+        masses = path_masses(posterior.probabilities, posterior.ordinals, ranges).tolist()
+        return tuple(
+            PathCell(level, self.tree.tokens(level, [ordinal])[0], mass)
+            for (level, ordinal), mass in zip(cells, masses, strict=True)
+        )
+
+    def _alternatives(self, posterior: Posterior, top_k: int) -> tuple[Alternative, ...]:
+        ordinals = posterior.ordinals[:top_k]
+        level, leaves = self.tree.level_count, self.tree.leaves
+        return tuple(
+            Alternative(token, probability, latitude_deg, longitude_deg, self.tree.place(level, ordinal))
+            for token, probability, latitude_deg, longitude_deg, ordinal in zip(
+                self.tree.tokens(level, ordinals),
+                posterior.probabilities[:top_k].tolist(),
+                leaves.latitude_deg[ordinals].tolist(),
+                leaves.longitude_deg[ordinals].tolist(),
+                ordinals.tolist(),
+                strict=True,
+            )
+        )
+
+    def _credible_region(self, posterior: Posterior, confidence_level: float) -> CredibleRegion:
+        # The recalibration was fitted to circles around the estimate, so it has nothing to say about sets of leaves.
+        chosen = posterior.credible_leaves(confidence_level)
+        return CredibleRegion(
+            tokens=tuple(self.tree.tokens(self.tree.level_count, posterior.ordinals[chosen])),
+            area_km2=float(posterior.area_km2[chosen].sum()),
+            probability=min(float(np.cumsum(posterior.probabilities[chosen])[-1]), 1.0),
+        )
+
+
+def _with_image_timings(result: Location | InputError, decode_ms: float, encode_ms: float) -> Location | InputError:
+    if isinstance(result, InputError):
+        return result
+    return replace(result, timings=replace(result.timings, decode_ms=decode_ms, encode_ms=encode_ms))
+
+
+def _check_hashes(bundle: Bundle) -> None:
+    for relative, info in bundle.manifest.files.items():
+        path = bundle.path / relative
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != info.sha256:
+            raise BundleCorruptError(f"{path} has another SHA-256 than recorded; publish the bundle again")
+
+
+def _calibration(bundle: Bundle) -> Calibration:
+    info = bundle.manifest.calibration
+    if info is None:
+        return Calibration()
+    try:
+        return Calibration(info.temperature, info.confidence_levels, info.posterior_masses)
+    except ValueError as error:
+        raise BundleInconsistentError(f"{bundle.path}: the manifest's calibration cannot be used: {error}") from error
+
+
+def _check_integer(name: str, value: int, smallest: int, largest: int) -> None:
+    try:
+        inside = smallest <= operator.index(value) <= largest
+    except TypeError:
+        inside = False
+    if not inside:
+        raise OptionOutOfRangeError(f"{name} is {value!r}; it must be a whole number from {smallest} to {largest}")
+
+
+def _unknown_cell(token: str, index_version: str) -> RegionCellUnknownError:
+    return RegionCellUnknownError(
+        f"the region names the cell {token!r}, which index version {index_version!r} does not have; "
+        "tokens of its cells come with every answer's path"
+    )
+
+
+def _milliseconds_since(begun: float) -> float:
+    return 1000.0 * (time.perf_counter() - begun)
