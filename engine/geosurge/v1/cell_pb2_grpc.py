@@ -28,11 +28,14 @@ if _version_not_supported:
 class CellServiceStub(object):
     """Reads the cells of an index version.
 
-    | status            | reason                                                     |
-    |-------------------|------------------------------------------------------------|
-    | INVALID_ARGUMENT  | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID  |
-    | NOT_FOUND         | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                        |
-    | UNAVAILABLE       | SHUTTING_DOWN                                              |
+    | status              | reason                                                             |
+    |---------------------|--------------------------------------------------------------------|
+    | INVALID_ARGUMENT    | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID,         |
+    |                     | INPUT_INVALID (not a message of the method's type)                 |
+    | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
+    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | UNAVAILABLE         | SHUTTING_DOWN                                                      |
+    | INTERNAL            | INTERNAL                                                           |
     """
 
     def __init__(self, channel):
@@ -61,11 +64,14 @@ class CellServiceStub(object):
 class CellServiceServicer(object):
     """Reads the cells of an index version.
 
-    | status            | reason                                                     |
-    |-------------------|------------------------------------------------------------|
-    | INVALID_ARGUMENT  | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID  |
-    | NOT_FOUND         | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                        |
-    | UNAVAILABLE       | SHUTTING_DOWN                                              |
+    | status              | reason                                                             |
+    |---------------------|--------------------------------------------------------------------|
+    | INVALID_ARGUMENT    | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID,         |
+    |                     | INPUT_INVALID (not a message of the method's type)                 |
+    | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
+    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | UNAVAILABLE         | SHUTTING_DOWN                                                      |
+    | INTERNAL            | INTERNAL                                                           |
     """
 
     def GetCell(self, request, context):
@@ -118,11 +124,14 @@ def add_CellServiceServicer_to_server(servicer, server):
 class CellService(object):
     """Reads the cells of an index version.
 
-    | status            | reason                                                     |
-    |-------------------|------------------------------------------------------------|
-    | INVALID_ARGUMENT  | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID  |
-    | NOT_FOUND         | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                        |
-    | UNAVAILABLE       | SHUTTING_DOWN                                              |
+    | status              | reason                                                             |
+    |---------------------|--------------------------------------------------------------------|
+    | INVALID_ARGUMENT    | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID,         |
+    |                     | INPUT_INVALID (not a message of the method's type)                 |
+    | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
+    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | UNAVAILABLE         | SHUTTING_DOWN                                                      |
+    | INTERNAL            | INTERNAL                                                           |
     """
 
     @staticmethod

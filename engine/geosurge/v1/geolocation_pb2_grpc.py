@@ -30,17 +30,22 @@ class GeolocationServiceStub(object):
 
     Errors carry a google.rpc.ErrorInfo with domain "geosurge" and one of these reasons:
 
-    | status             | reason                                                               |
-    |--------------------|----------------------------------------------------------------------|
-    | INVALID_ARGUMENT   | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
-    |                    | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
-    |                    | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
-    |                    | REGION_CELL_UNKNOWN, REGION_EMPTY                                    |
-    | NOT_FOUND          | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED | OVERLOADED (with google.rpc.RetryInfo), MESSAGE_TOO_LARGE            |
-    | DEADLINE_EXCEEDED  | DEADLINE_EXCEEDED                                                    |
-    | UNAVAILABLE        | SHUTTING_DOWN                                                        |
-    | INTERNAL           | INTERNAL                                                             |
+    | status              | reason                                                               |
+    |---------------------|----------------------------------------------------------------------|
+    | INVALID_ARGUMENT    | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
+    |                     | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
+    |                     | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
+    |                     | REGION_CELL_UNKNOWN, REGION_EMPTY,                                   |
+    |                     | INPUT_INVALID (not a message of the method's type)                   |
+    | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
+    | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
+    | RESOURCE_EXHAUSTED  | OVERLOADED (with google.rpc.RetryInfo)                               |
+    | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
+    | UNAVAILABLE         | SHUTTING_DOWN                                                        |
+    | INTERNAL            | INTERNAL                                                             |
+
+    The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice
+    `Limits.max_image_bytes`, and in a stream the end of it), without an ErrorInfo.
     """
 
     def __init__(self, channel):
@@ -71,17 +76,22 @@ class GeolocationServiceServicer(object):
 
     Errors carry a google.rpc.ErrorInfo with domain "geosurge" and one of these reasons:
 
-    | status             | reason                                                               |
-    |--------------------|----------------------------------------------------------------------|
-    | INVALID_ARGUMENT   | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
-    |                    | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
-    |                    | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
-    |                    | REGION_CELL_UNKNOWN, REGION_EMPTY                                    |
-    | NOT_FOUND          | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED | OVERLOADED (with google.rpc.RetryInfo), MESSAGE_TOO_LARGE            |
-    | DEADLINE_EXCEEDED  | DEADLINE_EXCEEDED                                                    |
-    | UNAVAILABLE        | SHUTTING_DOWN                                                        |
-    | INTERNAL           | INTERNAL                                                             |
+    | status              | reason                                                               |
+    |---------------------|----------------------------------------------------------------------|
+    | INVALID_ARGUMENT    | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
+    |                     | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
+    |                     | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
+    |                     | REGION_CELL_UNKNOWN, REGION_EMPTY,                                   |
+    |                     | INPUT_INVALID (not a message of the method's type)                   |
+    | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
+    | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
+    | RESOURCE_EXHAUSTED  | OVERLOADED (with google.rpc.RetryInfo)                               |
+    | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
+    | UNAVAILABLE         | SHUTTING_DOWN                                                        |
+    | INTERNAL            | INTERNAL                                                             |
+
+    The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice
+    `Limits.max_image_bytes`, and in a stream the end of it), without an ErrorInfo.
     """
 
     def Locate(self, request, context):
@@ -136,17 +146,22 @@ class GeolocationService(object):
 
     Errors carry a google.rpc.ErrorInfo with domain "geosurge" and one of these reasons:
 
-    | status             | reason                                                               |
-    |--------------------|----------------------------------------------------------------------|
-    | INVALID_ARGUMENT   | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
-    |                    | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
-    |                    | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
-    |                    | REGION_CELL_UNKNOWN, REGION_EMPTY                                    |
-    | NOT_FOUND          | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED | OVERLOADED (with google.rpc.RetryInfo), MESSAGE_TOO_LARGE            |
-    | DEADLINE_EXCEEDED  | DEADLINE_EXCEEDED                                                    |
-    | UNAVAILABLE        | SHUTTING_DOWN                                                        |
-    | INTERNAL           | INTERNAL                                                             |
+    | status              | reason                                                               |
+    |---------------------|----------------------------------------------------------------------|
+    | INVALID_ARGUMENT    | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
+    |                     | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
+    |                     | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
+    |                     | REGION_CELL_UNKNOWN, REGION_EMPTY,                                   |
+    |                     | INPUT_INVALID (not a message of the method's type)                   |
+    | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
+    | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
+    | RESOURCE_EXHAUSTED  | OVERLOADED (with google.rpc.RetryInfo)                               |
+    | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
+    | UNAVAILABLE         | SHUTTING_DOWN                                                        |
+    | INTERNAL            | INTERNAL                                                             |
+
+    The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice
+    `Limits.max_image_bytes`, and in a stream the end of it), without an ErrorInfo.
     """
 
     @staticmethod
