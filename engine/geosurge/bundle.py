@@ -440,8 +440,10 @@ def _open_and_check_index(bundle: Bundle, tree: CellTree, stack: contextlib.Exit
         index = stack.enter_context(contextlib.closing(HierarchicalIndex.open(bundle.level_paths)))
         index.check()
     except BundleError as error:
-        named = [level.file for level in bundle.manifest.levels if str(bundle.path / level.file) in str(error)]
-        return [Problem(named[0] if named else bundle.manifest.levels[0].file, error)]
+        # The error names the file at fault first; one that names none concerns them all.
+        positions = {level.file: str(error).find(str(bundle.path / level.file)) for level in bundle.manifest.levels}
+        named = sorted((position, file) for file, position in positions.items() if position >= 0)
+        return [Problem(named[0][1] if named else bundle.manifest.levels[0].file, error)]
     return list(_index_problems(bundle, tree, index))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from geosurge import geodesy
 from geosurge.bundle import (
     ENCODER_DIRECTORY,
@@ -25,7 +26,7 @@ from geosurge.bundle import (
     record_golden_queries,
 )
 from geosurge.cells import CellRows, CellTree, write_cell_tree
-from geosurge.encoder.model import ImageEncoder
+from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder, SegmentationConfig, VisionConfig
 from geosurge.images import decode_image
 from geosurge.location import Place
 from geosurge.search import HierarchicalIndex
@@ -80,6 +81,37 @@ def geographic_embeddings(
             vectors = levels[-1][above] + 0.5 * vectors / np.sqrt(dimension)
         levels.append((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
     return levels
+
+
+def tiny_encoder(*, dimension: int = 16, seed: int = 0) -> ImageEncoder:
+    """An encoder with random weights over 32-pixel images, which embeds one in a millisecond or two."""
+    torch.manual_seed(seed)
+    resnet = {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    }
+    segformer = {
+        "model_type": "segformer",
+        "num_labels": 3,
+        "num_encoder_blocks": 2,
+        "depths": [1, 1],
+        "sr_ratios": [2, 1],
+        "hidden_sizes": [8, 8],
+        "patch_sizes": [7, 3],
+        "strides": [4, 2],
+        "num_attention_heads": [1, 1],
+        "mlp_ratios": [2, 2],
+        "decoder_hidden_size": 8,
+    }
+    config = EncoderConfig(
+        vision=VisionConfig(backbone=resnet, image_size=32),
+        segmentation=SegmentationConfig(backbone=segformer, image_size=32, class_count=3),
+        fusion=FusionConfig(dimension=dimension, width=16, latent_width=8, heads=2, blocks=1),
+    )
+    return ImageEncoder(config).eval()
 
 
 def make_bundle(
