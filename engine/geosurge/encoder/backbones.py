@@ -1,7 +1,7 @@
 """Transformers backbones from configuration or from pretrained files, and what both towers do to their pixels.
 
-Nothing here downloads silently: a pretrained backbone is a local directory, or a hub id together with a revision, and a file
-that is not at hand is an `EncoderError` that names it and says how to get it.
+Nothing here downloads silently: a pretrained backbone is a local directory, or a hub id together with a revision, and a
+file that is not at hand is an `EncoderError` that names it and says how to get it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def backbone_config(settings: Mapping[str, Any]) -> PretrainedConfig:
         raise EncoderError(f"backbone model_type {model_type!r} is not known to transformers: {error}") from error
 
 
-def load_pretrained(auto_class: Any, source: str, revision: str | None) -> Any:
+def load_pretrained(auto_class: Any, source: str, revision: str | None) -> Any:  # noqa: ANN401 - transformers is untyped
     """Loads a pretrained backbone from a directory or from an explicit hub id and revision.
 
     Args:
@@ -56,7 +56,7 @@ def load_pretrained(auto_class: Any, source: str, revision: str | None) -> Any:
     """
     if not Path(source).is_dir() and revision is None:
         raise EncoderError(
-            f"backbone {source!r} is not a local directory; to load it from the hub give its `revision` (a commit hash), "
+            f"backbone {source!r} is not a local directory; to load it from the hub give its `revision` (a commit), "
             "so that a rebuilt encoder is the same encoder"
         )
     try:

@@ -84,7 +84,8 @@ class LatentCrossAttention(nn.Module):
             (n, heads, q, t); each row sums to one.
         """
         query, key, _ = self._project(queries, context)
-        return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        scores: Tensor = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+        return scores.softmax(dim=-1)
 
     def _project(self, queries: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key, value = self.key_value(context).chunk(2, dim=-1)
@@ -175,12 +176,13 @@ class Fusion(nn.Module):
             fractions: As for `forward`.
 
         Returns:
-            For each block (n, heads, 1 + cells, token_count + 1 + cells): from the class token and the semantic tokens to
-            the RGB tokens, the class token and the semantic tokens.
+            For each block (n, heads, 1 + cells, token_count + 1 + cells): from the class token and the semantic tokens
+            to the RGB tokens, the class token and the semantic tokens.
         """
         queries, context = self._embed(rgb, fractions)
         weights = []
         for block in self.blocks:
+            assert isinstance(block, FusionBlock)
             weights.append(block.attention.weights(*block.attention_inputs(queries, context)))
             queries = block(queries, context)
         return weights

@@ -1,4 +1,4 @@
-"""The semantic map: any transformers segmentation model, frozen, pooled to class fractions on the vision tower's grid."""
+"""The semantic map: any transformers segmentation model, frozen, pooled to class fractions on the vision grid."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from geosurge.errors import EncoderError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# "the task is semantic" in OneFormer's CLIP vocabulary: start, four words, end, then padding to 77. With the ids
-# written down, no tokenizer file has to be found at run time.
-ONEFORMER_TASK_TOKENS = (49406, 518, 10549, 533, 29119, 49407, *(0,) * 71)
+# "the task is semantic" in OneFormer's CLIP vocabulary (start, the, task, is, seman-, -tic, end), zero-padded to 77.
+# With the ids written down, no tokenizer file has to be found at run time.
+ONEFORMER_TASK_TOKENS = (49406, 518, 10549, 533, 29119, 1550, 49407, *(0,) * 70)
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,8 @@ class SegmentationConfig:
 class Segmenter(nn.Module):
     """Runs a frozen segmentation model and pools its hard class map to a grid.
 
-    The semantic tokens of GeoSURGE are not specified in the paper beyond "a linear layer". OURS: the arg-max class map is
-    one-hot encoded and average-pooled to the vision tower's patch grid, which gives the fraction of each patch that each
-    class covers.
+    The paper makes semantic tokens with "a linear layer" and says no more. OURS: the arg-max class map is one-hot
+    encoded and average-pooled to the vision tower's patch grid: the fraction of each patch that each class covers.
     """
 
     def __init__(self, config: SegmentationConfig, backbone: nn.Module | None = None) -> None:
@@ -136,7 +135,8 @@ class Segmenter(nn.Module):
         """
         inputs = normalise_pixels(pixels, self.config.image_size, self.config.mean, self.config.std)
         if self.config.task_tokens is not None:
-            outputs = self.backbone(inputs, task_inputs=self.task_tokens.expand(len(inputs), -1))
+            task_tokens = self.get_buffer("task_tokens")
+            outputs = self.backbone(inputs, task_inputs=task_tokens.expand(len(inputs), -1))
         else:
             outputs = self.backbone(inputs)
         if "logits" in outputs:

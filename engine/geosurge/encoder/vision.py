@@ -70,15 +70,14 @@ class VisionTower(nn.Module):
     """Runs a transformers vision model and returns its tokens.
 
     Convolutional models give a (n, c, h, w) map and transformers (n, t, c) sequences; both come out as sequences. The
-    last hidden state is read, never a pooled or projected feature: the model's own helpers for those changed their return
-    type between transformers 4 and 5.
+    last hidden state is read, never a pooled or projected feature: the model's own helpers for those changed their
+    return type between transformers 4 and 5.
     """
 
     def __init__(self, config: VisionConfig, backbone: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
-        # Attention kernels are picked by torch; weights are float32 whatever the configuration was saved with.
-        self.backbone = AutoModel.from_config(backbone_config(config.backbone)) if backbone is None else backbone
+        self.backbone = _build(config.backbone) if backbone is None else backbone
         if config.frozen:
             self.requires_grad_(requires_grad=False)
         with torch.no_grad():
@@ -131,6 +130,13 @@ class VisionTower(nn.Module):
         if hidden.ndim == 4:
             hidden = hidden.flatten(2).transpose(1, 2)
         return VisionTokens(hidden, self.grid)
+
+
+def _build(settings: Mapping[str, Any]) -> nn.Module:
+    """Builds a vision model with random weights."""
+    auto_class: Any = AutoModel
+    model: nn.Module = auto_class.from_config(backbone_config(settings))
+    return model
 
 
 def _grid_of(hidden: Tensor, config: VisionConfig) -> tuple[tuple[int, int], int, int]:
