@@ -21,8 +21,10 @@ number of leaves; exact search costs one inner product a leaf.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -60,8 +62,8 @@ _GPU_SELECTION_LIMIT = 2048
 _BLAS_THRESHOLD = 16 * 768
 """Components of a batch from which FAISS scans level 1 by a matrix product; it pays from about 16 queries of 768-d."""
 
-_PARALLEL_OVER_QUERIES = 3
-"""FAISS's ``parallel_mode`` that spreads a preassigned search's queries over threads; the default mode uses one."""
+_PART_SIZES = (4, 128)
+"""Fewest and most queries that one thread takes at a time: fewer cost more in Python than they gain."""
 
 _QUERY_BLOCK = 256
 _LEAF_BLOCK = 65_536
@@ -86,8 +88,12 @@ class HierarchicalIndex:
     """The open indexes of one bundle, level 1 to L, with a beam search and an exact search over them.
 
     Made by `open`. On a CPU the files are memory-mapped, searches from several threads may overlap, and a batch is
-    spread over FAISS's OpenMP threads. A FAISS GPU index is not thread-safe even for reads: there, one lock serialises
-    searches. The GPU path is held against the CPU's by a test that runs where FAISS sees a GPU.
+    spread over as many threads as FAISS had when the index was opened (``OMP_NUM_THREADS``). Each of them walks down
+    all levels with its own queries: FAISS's OpenMP threads would wait for one another after every level, which takes
+    many times as long as the search itself while other threads, such as an encoder's, keep the cores busy.
+
+    A FAISS GPU index is not thread-safe even for reads: there, one lock serialises searches. The GPU path is held
+    against the CPU's by a test that runs where FAISS sees a GPU.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda:N"``.
@@ -106,6 +112,8 @@ class HierarchicalIndex:
         self._leaf_matrix_lock = threading.Lock()
         self._search_lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         self._selection_limit: int | None = None
+        self._thread_count = faiss.omp_get_max_threads()
+        self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(self._thread_count, "geosurge-search")
         self._gpu_resources: Any = None
         self._largest_families = _cumulative_family_sizes(indexes[-1]) if len(indexes) > 1 else None
 
@@ -131,8 +139,6 @@ class HierarchicalIndex:
         indexes = [_read_index(path) for path in paths]
         _check_levels(paths, indexes)
         faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, _BLAS_THRESHOLD)
-        for index in indexes[1:]:
-            index.parallel_mode = _PARALLEL_OVER_QUERIES
         opened = cls(paths, indexes, "cpu" if gpu is None else f"cuda:{gpu}")
         if gpu is not None:
             opened._move_to_gpu(gpu)
@@ -147,6 +153,8 @@ class HierarchicalIndex:
         """Let go of all files and memory; searches under way finish, later ones raise ``ValueError``."""
         with self._search_lock:
             self._indexes = self._cpu_indexes = ()
+            # Idle threads end with the last reference to their pool, and a search under way still holds one.
+            self._threads = None
             self._leaf_matrix = None
             self._gpu_resources = None
 
@@ -223,21 +231,18 @@ class HierarchicalIndex:
         self._check_count("k", k, hits)
         if len(embeddings) == 0:
             return LeafHits(np.empty((0, hits), np.int64), np.empty((0, hits), np.float32))
-        with self._search_lock:
-            indexes = self._open_indexes(self._indexes)
-            beam: _Beam | None = None
-            for level in range(self.level_count - 1):
-                beam = self._search_level(indexes, level, embeddings, min(width, self.cell_counts[level]), beam)
-            # FAISS cuts and orders equal scores as its heap pleases: look past the cut until it is not through a tie.
-            limit = min(reachable, self._selection_limit or reachable)
-            fetched = min(hits + 1, limit)
-            while True:
-                ordinals, scores = self._search_level(indexes, self.level_count - 1, embeddings, fetched, beam)
-                tied_at_cut = (scores[:, hits - 1] == scores[:, -1]) & (ordinals[:, -1] >= 0)
-                if fetched == limit or not tied_at_cut.any():
-                    break
-                fetched = min(2 * fetched, limit)
-        return self._leaf_hits(ordinals, scores, hits)
+        indexes, threads = self._open_indexes(self._indexes), self._threads
+        search_part = functools.partial(self._search_part, indexes, width=width, hits=hits, reachable=reachable)
+        smallest, largest = _PART_SIZES
+        part = min(max(-(-len(embeddings) // self._thread_count), smallest), largest)
+        if len(embeddings) <= part or self._selection_limit is not None or threads is None:
+            with self._search_lock:
+                return search_part(embeddings)
+        starts = range(0, len(embeddings), part)
+        found = list(threads.map(search_part, [embeddings[start : start + part] for start in starts]))
+        return LeafHits(
+            np.concatenate([hits.ordinals for hits in found]), np.concatenate([hits.scores for hits in found])
+        )
 
     def exact(
         self, embeddings: NDArray[np.float32], *, k: int, leaf_ranges: Sequence[tuple[int, int]] | None = None
@@ -283,6 +288,30 @@ class HierarchicalIndex:
                 ordinals[start : start + _QUERY_BLOCK] = best[1].cpu().numpy()
         return LeafHits(ordinals, scores)
 
+    def _search_part(
+        self,
+        indexes: tuple[_FaissIndex, ...],
+        embeddings: NDArray[np.float32],
+        *,
+        width: int,
+        hits: int,
+        reachable: int,
+    ) -> LeafHits:
+        """Search some of the queries of a batch on the calling thread alone."""
+        with _one_openmp_thread():
+            beam: _Beam | None = None
+            for level in range(self.level_count - 1):
+                beam = self._search_level(indexes, level, embeddings, min(width, self.cell_counts[level]), beam)
+            # FAISS cuts and orders equal scores as its heap pleases: look past the cut until it is not through a tie.
+            limit = min(reachable, self._selection_limit or reachable)
+            fetched = min(hits + 1, limit)
+            while True:
+                ordinals, scores = self._search_level(indexes, self.level_count - 1, embeddings, fetched, beam)
+                tied_at_cut = (scores[:, hits - 1] == scores[:, -1]) & (ordinals[:, -1] >= 0)
+                if fetched == limit or not tied_at_cut.any():
+                    return self._leaf_hits(ordinals, scores, hits)
+                fetched = min(2 * fetched, limit)
+
     def _search_level(
         self,
         indexes: tuple[_FaissIndex, ...],
@@ -301,11 +330,11 @@ class HierarchicalIndex:
         if beam is None:
             indexes[level].search_c(n, faiss.swig_ptr(embeddings), k, *outputs)
             return ordinals, scores
-        parameters = faiss.SearchParametersIVF()
-        parameters.nprobe = beam[0].shape[1]
         probes = (faiss.swig_ptr(beam[0]), faiss.swig_ptr(beam[1]))
         try:
-            indexes[level].search_preassigned_c(n, faiss.swig_ptr(embeddings), k, *probes, *outputs, False, parameters)
+            indexes[level].search_preassigned_c(
+                n, faiss.swig_ptr(embeddings), k, *probes, *outputs, False, _probing(beam[0].shape[1])
+            )
         except RuntimeError as error:
             worst = int(beam[0].max())
             if worst < self.cell_counts[level - 1]:
@@ -396,6 +425,25 @@ class HierarchicalIndex:
             f"{self._paths[level]}: holds the id {ordinal}, but level {level + 1} has {self.cell_counts[level]} cells; "
             "build the bundle again"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _probing(list_count: int) -> faiss.SearchParametersIVF:
+    """Parameters of a search in that many lists, which FAISS only reads; making them costs as much as a short search."""
+    parameters = faiss.SearchParametersIVF()
+    parameters.nprobe = list_count
+    return parameters
+
+
+@contextlib.contextmanager
+def _one_openmp_thread() -> Iterator[None]:
+    """Keep FAISS on the calling thread; the setting is the thread's own, and is put back."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _parse_device(device: str) -> int | None:

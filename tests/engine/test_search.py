@@ -9,6 +9,10 @@ from typing import TypeAlias
 import faiss
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from geosurge import search
 from geosurge.errors import (
     BundleCorruptError,
@@ -21,9 +25,6 @@ from geosurge.errors import (
 )
 from geosurge.search import HierarchicalIndex, LeafHits
 from geosurge_training.indexing import composite_embeddings, write_level_indexes
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 Tree: TypeAlias = list[NDArray[np.int64]]
 Vectors: TypeAlias = list[NDArray[np.float32]]
@@ -293,6 +294,36 @@ def test_searches_from_several_threads_do_not_share_their_widths(directory: Path
         for thread in threads:
             thread.join()
     assert wrong == []
+
+
+def test_closing_lets_searches_under_way_finish(directory: Path) -> None:
+    rng = np.random.default_rng(16)
+    composites, parents, embeddings, _ = hierarchical_data((30, 80, 200, 500), 64, 1.0, rng)
+    paths = write_level_indexes(directory, composites, parents)
+    with HierarchicalIndex.open(paths) as index:
+        expected = index.search(embeddings, width=8, k=5).ordinals
+    for _ in range(5):
+        index = HierarchicalIndex.open(paths)
+        started = threading.Barrier(5)
+        outcomes: list[str] = []
+
+        def search_until_closed(index: HierarchicalIndex, started: threading.Barrier, outcomes: list[str]) -> None:
+            started.wait()
+            try:
+                while np.array_equal(index.search(embeddings, width=8, k=5).ordinals, expected):
+                    pass
+                outcomes.append("wrong answer")
+            except ValueError as error:
+                outcomes.append(str(error))
+
+        threads = [threading.Thread(target=search_until_closed, args=(index, started, outcomes)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        index.close()
+        for thread in threads:
+            thread.join()
+        assert outcomes == ["the index is closed; open it again"] * 4
 
 
 @pytest.mark.parametrize(
