@@ -157,6 +157,9 @@ def publish(
 ) -> str:
     """Copies a bundle into a store; nobody sees it before it is whole and on the disk.
 
+    Publishing the very bundle that the store has under the name already is no error, so that a publication that was cut
+    off can be repeated.
+
     Args:
         store: Made when it does not exist.
         source: Directory of the bundle.
@@ -169,7 +172,7 @@ def publish(
         The name of the bundle in the store.
 
     Raises:
-        StoreError: The name is not allowed or taken.
+        StoreError: The name is not allowed, or another bundle has it.
         BundleError: The source is no sound bundle.
     """
     bundle = open_bundle(source)
@@ -183,18 +186,19 @@ def publish(
         for stale in store.glob(f"{_TEMPORARY_PREFIX}*"):
             if stale.is_dir():
                 shutil.rmtree(stale)
-        target = store / name
-        if os.path.lexists(target):
-            raise StoreError(f"{target} exists already; a published bundle never changes, so choose another name")
-        temporary = store / f"{_TEMPORARY_PREFIX}{name}-{os.getpid()}"
-        try:
-            _copy(bundle, temporary, name)
+        if _is_published(bundle, store / name):
             if verify:
-                _raise_first(verify_bundle(temporary, encoder_loader=encoder_loader))
-            temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+                _raise_first(verify_bundle(store / name, encoder_loader=encoder_loader))
+        else:
+            temporary = store / f"{_TEMPORARY_PREFIX}{name}-{os.getpid()}"
+            try:
+                _copy(bundle, temporary, name)
+                if verify:
+                    _raise_first(verify_bundle(temporary, encoder_loader=encoder_loader))
+                temporary.rename(store / name)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
         fsync_directory(store)
     if activate:
         _activate(store, name)
@@ -262,6 +266,18 @@ def _current_if_readable(store: Path) -> str | None:
         return None
 
 
+def _is_published(bundle: Bundle, target: Path) -> bool:
+    """Whether a store has a bundle under its name already; raises when the name is taken by anything else."""
+    if not os.path.lexists(target):
+        return False
+    # Equal lists of hashes are equal content; the name and the seal over it may differ by a renaming.
+    unnamed = {"name": target.name, "manifest_sha256": bundle.manifest.manifest_sha256}
+    with contextlib.suppress(BundleError):
+        if open_bundle(target).manifest.model_copy(update=unnamed) == bundle.manifest.model_copy(update=unnamed):
+            return True
+    raise StoreError(f"{target} exists already; a published bundle never changes, so choose another name")
+
+
 def _copy(bundle: Bundle, target: Path, name: str) -> None:
     """Copies the files that the manifest lists onto the disk, and the manifest last."""
     target.mkdir()
@@ -274,11 +290,9 @@ def _copy(bundle: Bundle, target: Path, name: str) -> None:
             )
     for folder, _, _ in os.walk(target, topdown=False):
         fsync_directory(Path(folder))
-    manifest = bundle.manifest
-    if name != manifest.name:
-        manifest, data = render_manifest(manifest.model_copy(update={"name": name}))
-    else:
-        data = (bundle.path / MANIFEST_FILE).read_bytes()
+    data = (bundle.path / MANIFEST_FILE).read_bytes()
+    if name != bundle.manifest.name:
+        data = render_manifest(bundle.manifest.model_copy(update={"name": name}))[1]
     replace_file(target / MANIFEST_FILE, data)
 
 
@@ -298,7 +312,7 @@ def _raise_first(report: VerifyReport) -> None:
     if not report.ok:
         error = report.problems[0].error
         more = f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""
-        raise type(error)(f"the bundle was not published, because its copy does not verify: {error}{more}") from error
+        raise type(error)(f"the bundle was not published, because the copy does not verify: {error}{more}") from error
 
 
 def _entry(store: Path, name: str, *, active: bool) -> StoreEntry:
