@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from support.bundles import make_bundle
+from support.servers import running, settings_for, tiny_encoder
+
+from geosurge.server.app import Server
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "tiny", encoder=tiny_encoder())
+
+
+@pytest.fixture(scope="session")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundles") / "other"
+    return make_bundle(directory, encoder=tiny_encoder(), seed=1, name="other")
+
+
+@pytest.fixture
+async def live(bundle: Path) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
+    async with running(settings_for(bundle, max_image_bytes=100_000)) as pair:
+        yield pair

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from geosurge.errors import OverloadedError
+from geosurge.server.admission import Admission
+
+
+async def test_permits_are_refused_beyond_their_number_and_come_back() -> None:
+    admission = Admission(2)
+    with admission.take(), admission.take():
+        with pytest.raises(OverloadedError) as refusal:
+            admission.take()
+        assert 0 < refusal.value.retry_after_seconds <= 5
+    assert admission.in_use == 0
+    admission.take().release()
+
+
+async def test_releasing_twice_gives_one_permit_back() -> None:
+    admission = Admission(2)
+    first, _second = admission.take(), admission.take()
+    first.release()
+    first.release()
+    assert admission.in_use == 1
+
+
+async def test_waiters_are_served_in_order_and_before_those_who_do_not_wait() -> None:
+    admission = Admission(1)
+    held = admission.take()
+    served: list[int] = []
+
+    async def wait(number: int) -> None:
+        with await admission.wait():
+            served.append(number)
+            with pytest.raises(OverloadedError):
+                admission.take()
+
+    tasks = [asyncio.create_task(wait(number)) for number in range(3)]
+    await asyncio.sleep(0)
+    held.release()
+    await asyncio.gather(*tasks)
+    assert served == [0, 1, 2]
+    assert admission.in_use == 0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=30), st.integers(1, 3))
+def test_no_permit_is_lost_whoever_is_cancelled_whenever(callers: list[tuple[bool, int]], permits: int) -> None:
+    async def run() -> None:
+        admission = Admission(permits)
+
+        async def call(steps: int) -> None:
+            with await admission.wait():
+                assert admission.in_use <= permits
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+
+        tasks = []
+        for cancelled, steps in callers:
+            task = asyncio.create_task(call(steps))
+            tasks.append(task)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if cancelled:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert admission.in_use == 0
+
+    asyncio.run(run())
+
+
+async def test_a_permit_handed_to_a_waiter_that_is_cancelled_goes_to_the_next() -> None:
+    admission = Admission(1)
+    held = admission.take()
+    first = asyncio.create_task(admission.wait())
+    second = asyncio.create_task(admission.wait())
+    await asyncio.sleep(0)
+    held.release()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    (await second).release()
+    assert admission.in_use == 0

@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import asyncio
+import struct
+import zlib
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from support.bundles import make_bundle
+from support.servers import embedding, encoded_image, running, settings_for
+
+from geosurge.cells import CellTree
+from geosurge.errors import GeoSurgeError
+from geosurge.location import LocateOptions
+from geosurge.locator import Locator
+from geosurge.server.app import Server
+from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2_grpc
+from geosurge.v1 import geolocation_pb2 as pb
+from geosurge.wire import location_to_response, status_to_error
+
+Live = tuple[Server, grpc.aio.Channel]
+
+
+def png_announcing(width: int, height: int) -> bytes:
+    """A small file whose header announces a large picture."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def good(request_id: str = "") -> pb.LocateRequest:
+    return pb.LocateRequest(request_id=request_id, image=encoded_image(1))
+
+
+def of_embedding(values: Iterable[float], **options: Any) -> pb.LocateRequest:
+    return pb.LocateRequest(embedding=pb.Embedding(values=values), options=pb.LocateOptions(**options))
+
+
+def with_options(**options: Any) -> pb.LocateRequest:
+    return of_embedding(embedding(0).tolist(), **options)
+
+
+INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+
+BAD_REQUESTS: dict[str, tuple[pb.LocateRequest, str, grpc.StatusCode]] = {
+    "no query": (pb.LocateRequest(), "QUERY_MISSING", INVALID),
+    "no bytes": (pb.LocateRequest(image=b""), "IMAGE_EMPTY", INVALID),
+    "no image": (pb.LocateRequest(image=b"Hello, world!" * 9), "IMAGE_NOT_DECODABLE", INVALID),
+    "truncated PNG": (pb.LocateRequest(image=encoded_image(1)[:-900]), "IMAGE_TRUNCATED", INVALID),
+    "truncated JPEG": (pb.LocateRequest(image=encoded_image(1, "JPEG")[:-200]), "IMAGE_TRUNCATED", INVALID),
+    "one pixel": (pb.LocateRequest(image=encoded_image(1, size=(1, 1))), "IMAGE_TOO_SMALL", INVALID),
+    "400 megapixels": (pb.LocateRequest(image=png_announcing(20_000, 20_000)), "IMAGE_TOO_MANY_PIXELS", INVALID),
+    "too many bytes": (pb.LocateRequest(image=encoded_image(1) + bytes(100_000)), "IMAGE_TOO_LARGE", INVALID),
+    "unlisted format": (pb.LocateRequest(image=b"%PDF-1.7 ..."), "IMAGE_FORMAT_UNSUPPORTED", INVALID),
+    "NaN": (of_embedding([float("nan"), *embedding(0).tolist()[1:]]), "EMBEDDING_INVALID", INVALID),
+    "infinite": (of_embedding([float("inf"), *embedding(0).tolist()[1:]]), "EMBEDDING_INVALID", INVALID),
+    "short": (of_embedding(embedding(0).tolist()[1:]), "EMBEDDING_INVALID", INVALID),
+    "empty embedding": (pb.LocateRequest(embedding=pb.Embedding()), "EMBEDDING_INVALID", INVALID),
+    "zero embedding": (of_embedding([0.0] * 16), "EMBEDDING_INVALID", INVALID),
+    "k = 0": (with_options(top_k=0), "OPTION_OUT_OF_RANGE", INVALID),
+    "k too large": (with_options(top_k=2**32 - 1), "OPTION_OUT_OF_RANGE", INVALID),
+    "no beam": (with_options(beam_width=0), "OPTION_OUT_OF_RANGE", INVALID),
+    "certainty": (with_options(confidence_level=1.0), "OPTION_OUT_OF_RANGE", INVALID),
+    "NaN confidence": (with_options(confidence_level=float("nan")), "OPTION_OUT_OF_RANGE", INVALID),
+    "H3 resolution": (with_options(h3_resolution=16), "OPTION_OUT_OF_RANGE", INVALID),
+    "search mode": (with_options(search_mode=99), "OPTION_OUT_OF_RANGE", INVALID),
+    "unknown region": (with_options(region_tokens=["no-such-cell"]), "REGION_CELL_UNKNOWN", INVALID),
+    "empty region": (with_options(region_tokens=["8888888888888889"]), "REGION_EMPTY", INVALID),
+    "long request id": (pb.LocateRequest(request_id="x" * 5000, image=b"a"), "OPTION_OUT_OF_RANGE", INVALID),
+    "unknown version": (with_options(index_version="nope"), "INDEX_VERSION_UNKNOWN", NOT_FOUND),
+}
+
+
+def geolocation(channel: grpc.aio.Channel) -> Any:
+    return geolocation_pb2_grpc.GeolocationServiceStub(channel)
+
+
+def cells(channel: grpc.aio.Channel) -> Any:
+    return cell_pb2_grpc.CellServiceStub(channel)
+
+
+@asynccontextmanager
+async def refused(code: grpc.StatusCode, reason: str) -> AsyncIterator[None]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        yield
+    assert caught.value.code() == code, caught.value
+    details = [value for key, value in caught.value.trailing_metadata() if key == "grpc-status-details-bin"]
+    assert error_of(status_pb2.Status.FromString(details[0])).reason == reason
+
+
+def error_of(status: status_pb2.Status) -> GeoSurgeError:
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    error = status_to_error(status)
+    assert (info.domain, info.reason) == ("geosurge", error.reason)
+    return error
+
+
+async def stream(channel: grpc.aio.Channel, requests: Iterable[pb.LocateRequest]) -> list[pb.LocateStreamResponse]:
+    async def send() -> AsyncIterator[pb.LocateStreamRequest]:
+        for request in requests:
+            yield pb.LocateStreamRequest(request=request)
+
+    return [response async for response in geolocation(channel).LocateStream(send())]
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+async def test_a_bad_request_is_refused_with_its_own_reason(live: Live, name: str) -> None:
+    request, reason, code = BAD_REQUESTS[name]
+    async with refused(code, reason):
+        await geolocation(live[1]).Locate(request)
+    assert (await geolocation(live[1]).Locate(good())).index_version == "tiny"
+
+
+async def test_in_a_stream_each_bad_item_costs_itself_alone(live: Live) -> None:
+    requests, expected = [], []
+    for number, (request, reason, _) in enumerate(BAD_REQUESTS.values()):
+        bad = pb.LocateRequest()
+        bad.CopyFrom(request)
+        bad.request_id = bad.request_id or f"bad-{number}"
+        requests += [good(f"good-{number}"), bad]
+        expected += ["", reason]
+    responses = await stream(live[1], [*requests, good("last")])
+    assert [response.request_id for response in responses] == [request.request_id for request in requests] + ["last"]
+    reasons = [error_of(item.status).reason if item.HasField("status") else "" for item in responses]
+    assert reasons == [*expected, ""]
+    leaf = responses[0].response.path[-1].token
+    for response in responses[::2]:
+        assert response.response.request_id == response.request_id
+        assert response.response.path[-1].token == leaf
+
+
+async def test_the_answer_is_that_of_the_locator(live: Live, bundle: Path) -> None:
+    response = await geolocation(live[1]).Locate(good("views/1.png"))
+    with Locator.open(bundle) as locator:
+        expected = location_to_response(locator.locate([encoded_image(1)])[0], "views/1.png")  # type: ignore[arg-type]
+    response.ClearField("timings")
+    expected.ClearField("timings")
+    assert response == expected
+
+
+async def test_options_reach_the_search(live: Live) -> None:
+    stub = geolocation(live[1])
+    plain = await stub.Locate(with_options())
+    options: dict[str, Any] = {"top_k": 3, "confidence_level": 0.5, "h3_resolution": 4}
+    response = await stub.Locate(with_options(**options, search_mode=pb.SEARCH_MODE_EXACT))
+    assert len(response.alternatives) == 3
+    assert response.location.confidence_level == 0.5
+    assert response.location.radius_km <= plain.location.radius_km
+    assert response.location.h3_cell.startswith("84")
+    region = await stub.Locate(with_options(region_tokens=[plain.alternatives[-1].token]))
+    assert [leaf.token for leaf in region.alternatives] == [plain.alternatives[-1].token]
+    assert (await stub.Locate(with_options(index_version="tiny"))).path == plain.path
+
+
+async def test_an_empty_stream_ends_well(live: Live) -> None:
+    assert await stream(live[1], []) == []
+    call = geolocation(live[1]).LocateStream()
+    await call.done_writing()
+    assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_a_stream_item_without_a_request_gets_an_id_and_a_reason(live: Live) -> None:
+    call = geolocation(live[1]).LocateStream(iter([pb.LocateStreamRequest()]))
+    response = await call.read()
+    assert len(response.request_id) == 32
+    assert error_of(response.status).reason == "QUERY_MISSING"
+
+
+async def test_fifty_clients_at_once_get_what_each_gets_alone(live: Live) -> None:
+    stub = geolocation(live[1])
+    requests = [
+        pb.LocateRequest(request_id=str(n), image=encoded_image(n)) if n % 2 else with_options() for n in range(50)
+    ]
+    together = await asyncio.gather(*(stub.Locate(request) for request in requests))
+    for request, response in zip(requests, together, strict=True):
+        alone = await stub.Locate(request)
+        assert response.request_id == request.request_id or not request.request_id
+        assert [cell.token for cell in response.path] == [cell.token for cell in alone.path]
+        assert response.location.probability == pytest.approx(alone.location.probability, rel=1e-3)
+
+
+async def test_a_unary_call_beyond_the_permits_is_refused_at_once_and_a_stream_waits(bundle: Path) -> None:
+    async with running(settings_for(bundle, max_concurrent_requests=2)) as (server, channel):
+        held = [server._admission.take() for _ in range(2)]
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await geolocation(channel).Locate(good(), timeout=5)
+        assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailers = dict(refusal.value.trailing_metadata())
+        status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+        retry = error_details_pb2.RetryInfo()
+        assert error_of(status).reason == "OVERLOADED"
+        assert status.details[1].Unpack(retry)
+        assert retry.retry_delay.ToTimedelta().total_seconds() > 0
+
+        waiting = asyncio.create_task(stream(channel, [good(str(n)) for n in range(5)]))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        for permit in held:
+            permit.release()
+        responses = await asyncio.wait_for(waiting, 10)
+        assert [response.response.request_id for response in responses] == ["0", "1", "2", "3", "4"]
+        assert server._admission.in_use == 0
+
+
+async def test_a_stream_reads_no_further_ahead_than_its_window(bundle: Path) -> None:
+    async with running(settings_for(bundle, max_stream_window=3, max_concurrent_requests=10)) as (server, channel):
+        blocked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        owner = asyncio.create_task(
+            server._batcher.on_owner(lambda: asyncio.run_coroutine_threadsafe(blocked.wait(), loop).result())
+        )
+        waiting = asyncio.create_task(stream(channel, [good(str(n)) for n in range(9)]))
+        await asyncio.sleep(0.2)
+        assert server._admission.in_use == 3
+        blocked.set()
+        await owner
+        assert len(await waiting) == 9
+
+
+async def test_cancelled_and_late_calls_leave_nothing_behind(live: Live) -> None:
+    server, channel = live
+    stub = geolocation(channel)
+    calls = [stub.Locate(good(), timeout=0.001 if n % 2 else 10) for n in range(40)]
+    streams = [stub.LocateStream(iter([pb.LocateStreamRequest(request=good())] * 20)) for _ in range(5)]
+    await asyncio.sleep(0.005)
+    for call in [*calls[::4], *streams]:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    for _ in range(200):
+        if server._admission.in_use == 0 and server._batcher.queue_length == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert server._admission.in_use == 0
+    assert server._batcher.queue_length == 0
+    assert server._versions is not None
+    assert server._versions.users("tiny") == 0
+    assert (await stub.Locate(good())).index_version == "tiny"
+
+
+async def test_info_publishes_limits_and_the_index(live: Live, bundle: Path) -> None:
+    info = await geolocation(live[1]).GetInfo(pb.GetInfoRequest())
+    with Locator.open(bundle) as locator:
+        assert info.encoder_sha256 == locator.encoder.fingerprint
+        assert [level.cell_count for level in info.levels] == list(locator.tree.cell_counts)
+    assert info.index_version == "tiny"
+    assert info.dimension == 16
+    assert info.limits.max_image_bytes == 100_000
+    for limit, top_k in (("ok", info.limits.max_top_k), ("refused", info.limits.max_top_k + 1)):
+        if limit == "ok":
+            await geolocation(live[1]).Locate(with_options(top_k=top_k))
+        else:
+            async with refused(INVALID, "OPTION_OUT_OF_RANGE"):
+                await geolocation(live[1]).Locate(with_options(top_k=top_k))
+    side = info.limits.min_image_side_px
+    await geolocation(live[1]).Locate(pb.LocateRequest(image=encoded_image(1, size=(side, side))))
+
+
+async def test_an_index_without_an_encoder_answers_embeddings_and_refuses_images(tmp_path: Path) -> None:
+    async with running(settings_for(make_bundle(tmp_path / "vectors"))) as (_, channel):
+        stub = geolocation(channel)
+        assert (await stub.Locate(with_options())).index_version == "tiny"
+        async with refused(grpc.StatusCode.FAILED_PRECONDITION, "ENCODER_MISSING"):
+            await stub.Locate(good())
+        info = await stub.GetInfo(pb.GetInfoRequest())
+        assert list(info.image_formats) == []
+        assert info.encoder_sha256 == ""
+
+
+async def test_a_cell_is_found_by_its_token_and_level(live: Live, bundle: Path) -> None:
+    stub = cells(live[1])
+    with CellTree.open(bundle / "cells.lmdb") as tree:
+        for level in (1, 2, 3):
+            cell = tree.cell(level, 0)
+            response = await stub.GetCell(cell_pb2.GetCellRequest(token=cell.token, level=level))
+            assert response == cell_pb2.GetCellResponse(cell=cell, index_version="tiny")
+    async with refused(NOT_FOUND, "CELL_UNKNOWN"):
+        await stub.GetCell(cell_pb2.GetCellRequest(token="zz"))
+    async with refused(NOT_FOUND, "CELL_UNKNOWN"):
+        await stub.GetCell(cell_pb2.GetCellRequest())
+    async with refused(NOT_FOUND, "INDEX_VERSION_UNKNOWN"):
+        await stub.GetCell(cell_pb2.GetCellRequest(token=cell.token, index_version="nope"))
+    for level in (0, 4, 2**32 - 1):
+        async with refused(INVALID, "LEVEL_OUT_OF_RANGE"):
+            await stub.GetCell(cell_pb2.GetCellRequest(token=cell.token, level=level))
+
+
+async def test_listing_children_page_by_page_walks_the_whole_tree(live: Live, bundle: Path) -> None:
+    stub = cells(live[1])
+
+    async def children(token: str, level: int | None, page_size: int) -> list[cell_pb2.Cell]:
+        request = cell_pb2.ListChildrenRequest(token=token, level=level, page_size=page_size)
+        listed: list[cell_pb2.Cell] = []
+        while True:
+            response = await stub.ListChildren(request)
+            assert len(response.cells) <= page_size
+            listed += response.cells
+            if not response.next_page_token:
+                return listed
+            request.page_token = response.next_page_token
+
+    with CellTree.open(bundle / "cells.lmdb") as tree:
+        expected = [[tree.cell(level, row) for row in range(tree.cell_counts[level - 1])] for level in (1, 2, 3)]
+    assert await children("", None, 3) == expected[0]
+    second = [cell for parent in expected[0] for cell in await children(parent.token, 1, 1)]
+    assert second == expected[1]
+    third = [cell for parent in second for cell in await children(parent.token, 2, 2)]
+    assert third == expected[2]
+    assert await children(third[0].token, 3, 5) == []
+    # Without a level the finest one counts, so that a cell that was not split is a leaf here.
+    assert await children(third[0].token, None, 5) == []
+
+
+@pytest.mark.parametrize("token", ["x", "AAAA", "WzFd", "bnVsbA==", "é", "W10="])
+async def test_a_page_token_of_ones_own_making_is_refused(live: Live, token: str) -> None:
+    async with refused(INVALID, "PAGE_INVALID"):
+        await cells(live[1]).ListChildren(cell_pb2.ListChildrenRequest(page_token=token))
+
+
+async def test_a_page_token_belongs_to_its_listing(live: Live) -> None:
+    stub = cells(live[1])
+    first = await stub.ListChildren(cell_pb2.ListChildrenRequest(page_size=1))
+    other = cell_pb2.ListChildrenRequest(token=first.cells[0].token, page_token=first.next_page_token)
+    async with refused(INVALID, "PAGE_INVALID"):
+        await stub.ListChildren(other)
+    elsewhere = cell_pb2.ListChildrenRequest(index_version="nope", page_token=first.next_page_token)
+    async with refused(INVALID, "PAGE_INVALID"):
+        await stub.ListChildren(elsewhere)
+
+
+async def test_a_path_leads_to_the_cells_around_a_coordinate(live: Live, bundle: Path) -> None:
+    stub = cells(live[1])
+    with CellTree.open(bundle / "cells.lmdb") as tree:
+        leaf = tree.cell(3, 7)
+        response = await stub.GetPath(cell_pb2.GetPathRequest(coordinate=leaf.mean))
+        expected = tree.path(leaf.mean.latitude_deg, leaf.mean.longitude_deg)
+    assert list(response.cells) == expected
+    assert response.cells[-1].token == leaf.token
+    for latitude_deg in (91.0, float("nan")):
+        async with refused(INVALID, "COORDINATE_OUT_OF_RANGE"):
+            await stub.GetPath(cell_pb2.GetPathRequest(coordinate=cell_pb2.Coordinate(latitude_deg=latitude_deg)))
+    async with refused(INVALID, "COORDINATE_OUT_OF_RANGE"):
+        await stub.GetPath(cell_pb2.GetPathRequest())
+
+
+def test_the_default_options_of_the_api_are_those_of_the_engine() -> None:
+    comments = (Path(__file__).parents[3] / "proto" / "geosurge" / "v1" / "geolocation.proto").read_text()
+    default = LocateOptions()
+    assert f"at least 1. Default {default.top_k}." in comments
+    assert f"in (0, 1). Default {default.confidence_level}." in comments
