@@ -429,7 +429,7 @@ class HierarchicalIndex:
 
 @functools.lru_cache(maxsize=64)
 def _probing(list_count: int) -> faiss.SearchParametersIVF:
-    """Parameters of a search in so many lists: FAISS only reads them, and making them anew is slow for short searches."""
+    """Parameters of a search in so many lists, shared because FAISS only reads them and making them takes long."""
     parameters = faiss.SearchParametersIVF()
     parameters.nprobe = list_count
     return parameters

@@ -191,7 +191,7 @@ def show(report: dict[str, Any]) -> None:
     """Print the report for people."""
     title = f"milliseconds a query on {report['device']}, {report['storage']} lists"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1), title_justify="left")
-    for heading in ("batch", "dense", "by", "exact", "beam", "width", "dense/beam", "top-1", "recall@10"):
+    for heading in ("batch", "dense", "by", "exact", "beam", "width", "ratio", "top-1", "recall@10"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report["rows"]:
         table.add_row(

@@ -6,10 +6,11 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from geosurge_training.indexing import composite_embeddings, write_level_indexes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from geosurge_training.indexing import composite_embeddings, write_level_indexes
 
 TREE_OF_SEVEN = (4, 9, 15, 24, 40, 55, 70)
 
