@@ -84,7 +84,7 @@ def build(recipe: Recipe, run: Path) -> Path:
     paths = write_level_indexes(
         aside, composite_embeddings(geographic, temperatures, parents), parents, recipe.bundle.storage
     )
-    write_cell_tree((aside / TREE_FILE).parent, [_cell_rows(level) for level in partition.levels])
+    write_cell_tree((aside / TREE_FILE).parent, [_cell_rows(level) for level in partition.levels], store_outlines=False)
     encoder.save(aside / ENCODER_DIRECTORY)
 
     golden_pixels = next(open_source(recipe, encoder).held_out(_GOLDEN_QUERIES, recipe.seed, _GOLDEN_QUERIES)).pixels

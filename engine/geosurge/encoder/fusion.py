@@ -108,17 +108,19 @@ class FusionBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, queries: Tensor, rgb: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, rgb: Tensor, *, first: int | None = None) -> Tensor:
         """Updates the queries.
 
         Args:
             queries: (n, q, width).
             rgb: (n, t, width).
+            first: Update and return only so many of the first queries; all of them stay in the context.
 
         Returns:
-            (n, q, width).
+            (n, q, width), or (n, first, width).
         """
-        queries = queries + self.dropout(self.attention(*self.attention_inputs(queries, rgb)))
+        normalised, context = self.attention_inputs(queries, rgb)
+        queries = queries[:, :first] + self.dropout(self.attention(normalised[:, :first], context))
         updated: Tensor = queries + self.dropout(self.mlp(self.mlp_norm(queries)))
         return updated
 
@@ -163,8 +165,9 @@ class Fusion(nn.Module):
             (n, dimension) float32, unit rows: the visual embedding `v`.
         """
         queries, context = self._embed(rgb, fractions)
-        for block in self.blocks:
-            queries = block(queries, context)
+        for number, block in enumerate(self.blocks, start=1):
+            # Of the last block's output only the class token is read.
+            queries = block(queries, context, first=1 if number == len(self.blocks) else None)
         return F.normalize(self.projection(self.norm(queries[:, 0])).float(), dim=-1)
 
     @torch.no_grad()
