@@ -7,8 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from geosurge.v1 import cell_pb2, geolocation_pb2
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FileDescriptor, MethodDescriptor
+
+from geosurge.v1 import cell_pb2, geolocation_pb2
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES: list[FileDescriptor] = [cell_pb2.DESCRIPTOR, geolocation_pb2.DESCRIPTOR]

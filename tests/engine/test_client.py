@@ -195,7 +195,7 @@ def test_the_consumer_may_leave_early(client: Client) -> None:
     for answer in client.locate_many(embedding(seed) for seed in range(10_000)):
         assert isinstance(answer, Location)
         break
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before
@@ -253,7 +253,7 @@ def test_a_call_ends_at_its_deadline(silent_address: str) -> None:
         begun = time.monotonic()
         with pytest.raises((DeadlineExceededError, ServiceError)):
             client.locate_embedding(embedding(0))
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 10
 
 
 def test_a_stream_without_answers_ends_at_its_deadline(bundle: Path) -> None:

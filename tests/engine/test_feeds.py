@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geosurge.errors import InputError
@@ -38,6 +38,7 @@ def consume(feed: Feed[int, int], break_after: set[int]) -> list[int | None]:
     return answers
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=20), st.sets(st.integers(0, 20)), st.integers(1, 5))
 def test_each_query_is_answered_once_in_order_however_often_the_connection_breaks(
     queries: list[int], break_after: set[int], window: int
@@ -58,8 +59,10 @@ def test_a_feed_pulls_no_further_than_its_window() -> None:
     feed = Feed(queries(), prepare, 4)
     requests = feed.requests()
     assert [next(requests) for _ in range(4)] == [0, 2, 4, 6]
-    time.sleep(0.05)
     # One more is prepared, waiting for its place.
+    while len(pulled) < 5:
+        time.sleep(0.001)
+    time.sleep(0.05)
     assert len(pulled) == 5
     feed.close()
     assert list(requests) == []

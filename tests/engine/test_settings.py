@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from geosurge.errors import ConfigurationError
 from geosurge.settings import ServerSettings, is_loopback, load_settings, unknown_variables
 

@@ -11,14 +11,15 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+
 from geosurge.encoder.fusion import FusionConfig
 from geosurge.encoder.model import EncoderConfig, ImageEncoder
 from geosurge.encoder.segmentation import SegmentationConfig
 from geosurge.encoder.vision import VisionConfig
 from geosurge.server.app import Server
 from geosurge.settings import ServerSettings
-from numpy.typing import NDArray
-from PIL import Image
 
 DIMENSION = 16
 

@@ -8,11 +8,15 @@ import uuid
 import numpy as np
 from numpy.typing import NDArray
 
-from geosurge.errors import GeoSurgeError, OptionOutOfRangeError, QueryMissingError
+from geosurge.errors import EmbeddingInvalidError, GeoSurgeError, OptionOutOfRangeError, QueryMissingError
 from geosurge.location import LocateOptions
+from geosurge.locator import MAX_REGION_TOKENS
 from geosurge.v1 import geolocation_pb2
 
 logger = logging.getLogger(__name__)
+
+MAX_EMBEDDING_LENGTH = 65_536
+"""Values that are read at all: what is far too long for any index must not cost the time to copy it."""
 
 MAX_REQUEST_ID_LENGTH = 4096
 """Characters that a request id may have: it is echoed and logged, and may be a path."""
@@ -26,11 +30,15 @@ def request_to_query(request: geolocation_pb2.LocateRequest) -> bytes | NDArray[
 
     Raises:
         QueryMissingError: The request holds neither.
+        EmbeddingInvalidError: The embedding is longer than any index's.
     """
     kind = request.WhichOneof("query")
     if kind == "image":
         return request.image
     if kind == "embedding":
+        count = len(request.embedding.values)
+        if count > MAX_EMBEDDING_LENGTH:
+            raise EmbeddingInvalidError(f"the embedding has {count} values; GetInfo says how many the index needs")
         return np.array(request.embedding.values, dtype=np.float32)
     raise QueryMissingError("the request holds neither an image nor an embedding; set one of the two")
 
@@ -39,12 +47,17 @@ def message_to_options(message: geolocation_pb2.LocateOptions) -> LocateOptions:
     """Reads the options of a request; a field that is not set takes its default, one that is set is kept even if zero.
 
     Raises:
-        OptionOutOfRangeError: The search mode is not one that this engine knows.
+        OptionOutOfRangeError: The search mode is not one that this engine knows, or the region has too many cells.
     """
     if message.search_mode not in geolocation_pb2.SearchMode.values():
         raise OptionOutOfRangeError(
             f"search_mode is {message.search_mode}, which this server does not know; use SEARCH_MODE_BEAM or "
             "SEARCH_MODE_EXACT"
+        )
+    if len(message.region_tokens) > MAX_REGION_TOKENS:
+        raise OptionOutOfRangeError(
+            f"region_tokens has {len(message.region_tokens)} cells, at most {MAX_REGION_TOKENS} are allowed; use "
+            "larger cells"
         )
     default = LocateOptions()
     return LocateOptions(

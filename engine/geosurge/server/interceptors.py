@@ -158,7 +158,8 @@ async def _guard(method: str, context: Any) -> AsyncIterator[None]:  # noqa: ANN
     try:
         yield
     except asyncio.CancelledError:
-        code = "CANCELLED"
+        remaining = context.time_remaining()
+        code = "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
         raise
     except Exception as exception:  # noqa: BLE001
         error = exception_to_error(exception)

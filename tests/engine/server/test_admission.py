@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geosurge.errors import OverloadedError
@@ -47,6 +47,7 @@ async def test_waiters_are_served_in_order_and_before_those_who_do_not_wait() ->
     assert admission.in_use == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=30), st.integers(1, 3))
 def test_no_permit_is_lost_whoever_is_cancelled_whenever(callers: list[tuple[bool, int]], permits: int) -> None:
     async def run() -> None:

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geosurge.errors import GeoSurgeError, ImageEmptyError, OptionOutOfRangeError, QueryMissingError
@@ -30,6 +30,7 @@ def test_a_field_that_is_set_to_zero_is_kept_to_be_refused() -> None:
     assert (options.top_k, options.beam_width, options.confidence_level, options.h3_resolution) == (0, 0, 0.0, 0)
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         LocateOptions,
