@@ -18,7 +18,6 @@ level. All descendants of a cell on any level are then one contiguous run too.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import struct
 import tempfile
@@ -177,8 +176,8 @@ class CellTree:
     def open(cls, path: Path) -> CellTree:
         """Opens the tree in the directory ``path``.
 
-        One process shares one LMDB environment between all trees opened on the same file. Open after a fork, not
-        before.
+        A process shares one LMDB environment between all trees opened on the same file, and so does a process that is
+        forked while a tree is open.
 
         Raises:
             BundlePartialError: There is no tree.
@@ -453,7 +452,7 @@ class _Environment:
     """An LMDB environment shared by the trees that are open on it."""
 
     file: Path
-    key: tuple[int, int, int]
+    key: tuple[int, int]
     lmdb: lmdb.Environment
     cells: _Database
     tokens: _Database
@@ -462,13 +461,13 @@ class _Environment:
 
 
 # LMDB forbids a process to open one file twice, yet a server and a check of its bundle both read it.
-_environments: dict[tuple[int, int, int], _Environment] = {}
+_environments: dict[tuple[int, int], _Environment] = {}
 _environments_lock = threading.Lock()
 
 
 def _acquire(data: Path) -> _Environment:
     status = data.stat()
-    key = (os.getpid(), status.st_dev, status.st_ino)
+    key = (status.st_dev, status.st_ino)
     with _environments_lock:
         shared = _environments.get(key)
         if shared is not None:

@@ -183,7 +183,9 @@ class Manifest(_Model):
         for query in self.golden_queries:
             if len(query.leaves) != len(query.scores):
                 raise ValueError(f"a golden query has {len(query.leaves)} leaves and {len(query.scores)} scores")
-        for embedding in [item.embedding for item in (*self.golden_queries, *self.golden_images)]:
+        embeddings = [query.embedding for query in self.golden_queries]
+        embeddings += [image.embedding for image in self.golden_images]
+        for embedding in embeddings:
             if len(decode_embedding(embedding)) != self.dimension:
                 raise ValueError(f"a golden embedding does not have the dimension {self.dimension}")
         if MANIFEST_FILE in self.files:

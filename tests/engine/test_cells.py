@@ -15,6 +15,10 @@ import lmdb
 import numpy as np
 import pytest
 import s2sphere
+from hypothesis import given
+from hypothesis import strategies as st
+from support.bundles import make_levels
+
 from geosurge import geodesy
 from geosurge.cells import DATA_FILE, CellRows, CellTree, verify_cell_file, write_cell_tree
 from geosurge.errors import (
@@ -28,9 +32,6 @@ from geosurge.errors import (
 )
 from geosurge.location import Place
 from geosurge.v1 import cell_pb2
-from hypothesis import given
-from hypothesis import strategies as st
-from support.bundles import make_levels
 
 LEVEL_COUNTS = (7, 16, 40, 90)
 
@@ -311,6 +312,28 @@ def test_a_file_may_be_opened_many_times_in_one_process(rows: list[CellRows], tm
     second.close()
     with CellTree.open(tmp_path / "tree") as again:
         assert again.cell(1, 0).token == rows[0].tokens[0]
+
+
+def test_a_tree_can_be_read_and_opened_again_after_a_fork(rows: list[CellRows], tmp_path: Path) -> None:
+    write_cell_tree(tmp_path / "tree", rows)
+    script = """
+        import os, sys
+        from pathlib import Path
+        from geosurge.cells import CellTree
+        tree = CellTree.open(Path(sys.argv[1]))
+        child = os.fork()
+        with CellTree.open(Path(sys.argv[1])) as again:
+            print(tree.cell(1, 0).token, again.cell(1, 0).token, flush=True)
+        if child:
+            _, status = os.waitpid(child, 0)
+            print(tree.cell(1, 0).token, status)
+        tree.close()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "tree")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    token = rows[0].tokens[0]
+    assert done.stdout.splitlines() == [f"{token} {token}"] * 2 + [f"{token} 0"]
 
 
 def test_threads_read_at_once(tree: CellTree, rows: list[CellRows]) -> None:
