@@ -12,6 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from support.bundles import BEAM_WIDTH, geographic_embeddings, make_bundle, make_levels, tiny_encoder
+
 from geosurge.bundle import (
     MANIFEST_FILE,
     TREE_FILE,
@@ -45,10 +50,6 @@ from geosurge.manifest import (
     render_manifest,
 )
 from geosurge.search import HierarchicalIndex
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import ValidationError
-from support.bundles import BEAM_WIDTH, geographic_embeddings, make_bundle, make_levels, tiny_encoder
 
 FILES = [
     "cells.lmdb/data.mdb",
@@ -277,6 +278,7 @@ def test_rendering_and_parsing_are_inverse(whole: Path) -> None:
     assert render_manifest(manifest) == (manifest, content)
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=60), scale=st.floats(0.01, 10))
 def test_any_words_and_numbers_survive_the_manifest(whole: Path, text: str, scale: float) -> None:
     try:
@@ -298,6 +300,7 @@ def test_words_that_look_like_the_self_check_do_not_confuse_it(whole: Path) -> N
     assert sealed.manifest_sha256 in data.decode()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(width=32), max_size=20))
 def test_embeddings_survive_base64(values: list[float]) -> None:
     expected = np.array(values, np.float32)

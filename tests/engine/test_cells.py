@@ -15,7 +15,7 @@ import lmdb
 import numpy as np
 import pytest
 import s2sphere
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bundles import make_levels
 
@@ -168,6 +168,7 @@ def test_find_gives_the_coarsest_or_finest_cell_with_a_token(tree: CellTree, row
                     tree.find(token, level)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=600))
 def test_unknown_tokens_are_not_found(tree: CellTree, token: str) -> None:
     if any(token in tree.tokens(level, range(count)) for level, count in enumerate(LEVEL_COUNTS, start=1)):

@@ -10,6 +10,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+
 from geosurge import geodesy
 from geosurge.bundle import (
     ENCODER_DIRECTORY,
@@ -31,8 +34,6 @@ from geosurge.images import decode_image
 from geosurge.location import Place
 from geosurge.search import HierarchicalIndex
 from geosurge_training.indexing import composite_embeddings, write_level_indexes
-from numpy.typing import NDArray
-from PIL import Image
 
 CREATE_TIME = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 BEAM_WIDTH = 8

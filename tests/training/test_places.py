@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from geosurge.errors import CoordinateOutOfRangeError
 from geosurge_training.places import nearest_places
 
