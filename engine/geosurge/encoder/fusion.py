@@ -32,7 +32,7 @@ class FusionConfig:
         width: Width of the fused tokens.
         latent_width: Width in which attention is done.
         heads: Attention heads; they share `latent_width`.
-        blocks: Number of cross-attention blocks.
+        blocks: Number of cross-attention blocks, at least one: without any the class token would never see the image.
         mlp_ratio: Hidden width of each MLP, in units of `width`.
         dropout: Dropout on attention and MLP outputs while training.
     """
@@ -45,14 +45,28 @@ class FusionConfig:
     mlp_ratio: float = 4.0
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+            EncoderError: A size is not usable.
+        """
+        for name in ("dimension", "width", "latent_width", "heads", "blocks"):
+            if getattr(self, name) < 1:
+                raise EncoderError(f"fusion: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.latent_width % self.heads:
+            raise EncoderError(f"fusion: latent_width {self.latent_width} is not divisible by {self.heads} heads")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise EncoderError(f"fusion: mlp_ratio {self.mlp_ratio} leaves the MLPs without hidden units")
+        if not 0.0 <= self.dropout < 1.0:
+            raise EncoderError(f"fusion: dropout is {self.dropout}; it must be at least 0 and less than 1")
+
 
 class LatentCrossAttention(nn.Module):
     """Multi-head attention from queries to a context, in a width narrower than the tokens'."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
-        if config.latent_width % config.heads:
-            raise EncoderError(f"latent_width {config.latent_width} is not divisible by {config.heads} heads")
         self.heads = config.heads
         self.query = nn.Linear(config.width, config.latent_width)
         self.key_value = nn.Linear(config.width, 2 * config.latent_width)
@@ -125,7 +139,7 @@ class FusionBlock(nn.Module):
         return updated
 
     def attention_inputs(self, queries: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised queries, and the context of RGB tokens followed by the queries."""
+        """Normalised queries, and the context of RGB tokens followed by the queries, all normalised."""
         normalised = self.query_norm(queries)
         return normalised, torch.cat([self.context_norm(rgb), normalised], dim=1)
 

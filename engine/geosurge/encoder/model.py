@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from geosurge.errors import EncoderError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
+WeightDtype = Literal["float32", "float16"]
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -40,7 +42,18 @@ class EncoderConfig:
     vision: VisionConfig
     segmentation: SegmentationConfig
     fusion: FusionConfig
-    weight_dtype: Literal["float32", "float16"] = "float32"
+    weight_dtype: WeightDtype = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks the storage type.
+
+        Raises:
+            EncoderError: It is none of those known.
+        """
+        if self.weight_dtype not in get_args(WeightDtype):
+            raise EncoderError(
+                f"weight_dtype {self.weight_dtype!r} is unknown; it is one of {', '.join(get_args(WeightDtype))}"
+            )
 
     @classmethod
     def full_size(cls) -> Self:
@@ -58,7 +71,7 @@ class EncoderConfig:
             The configuration.
 
         Raises:
-            EncoderError: A field is missing or unknown.
+            EncoderError: A field is missing, unknown or malformed.
         """
 
         def as_tuples(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,16 +85,42 @@ class EncoderConfig:
                 fusion=FusionConfig(**known.pop("fusion")),
                 **known,
             )
-        except (KeyError, TypeError) as error:
-            raise EncoderError(f"encoder configuration has a missing or unknown field: {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise EncoderError(f"encoder configuration has a missing, unknown or malformed field: {error}") from error
+
+    def to_json(self) -> str:
+        """The configuration as JSON text; equal configurations give equal text, stored in between or not."""
+        # Keys that are numbers (class labels) sort otherwise before they were JSON than after.
+        fields = json.loads(json.dumps(asdict(self)))
+        return json.dumps(fields, indent=2, sort_keys=True)
 
 
 class ImageEncoder(nn.Module):
-    """Frozen or trained vision tower + frozen segmenter + fusion."""
+    """Frozen or trained vision tower + frozen segmenter + fusion.
+
+    At full size (`EncoderConfig.full_size`) the vision tower has 303,507,456 parameters, the segmenter 218,814,219 and
+    the fusion module 894,272: 523,215,947 in all.
+
+    Attributes:
+        config: The configuration.
+        vision: The vision tower.
+        segmenter: The segmenter.
+        fusion: The fusion module.
+    """
 
     def __init__(
         self, config: EncoderConfig, vision: VisionTower | None = None, segmenter: Segmenter | None = None
     ) -> None:
+        """Builds the encoder, in evaluation mode.
+
+        Args:
+            config: The configuration.
+            vision: The vision tower, where it is at hand already; otherwise it is built with random weights.
+            segmenter: The segmenter, likewise.
+
+        Raises:
+            EncoderError: The configuration is wrong.
+        """
         super().__init__()
         self.config = config
         self.vision = VisionTower(config.vision) if vision is None else vision
@@ -94,6 +133,7 @@ class ImageEncoder(nn.Module):
             class_count=config.segmentation.class_count,
             cells=rows * columns,
         )
+        self.eval()
 
     @property
     def dimension(self) -> int:
@@ -118,7 +158,7 @@ class ImageEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every weight, hexadecimal: two encoders with one fingerprint agree."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(self.config.to_json().encode())
         for name, tensor in sorted(self.state_dict().items()):
             values = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
@@ -171,24 +211,43 @@ class ImageEncoder(nn.Module):
 
         Raises:
             ValueError: The array has another shape or type.
+            RuntimeError: The encoder is in training mode, where an embedding depends on chance and on its batch.
         """
+        batch = self._batch(pixels)
+        if len(batch) == 0:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        embeddings: npt.NDArray[np.float32] = self(batch).cpu().numpy()
+        return embeddings
+
+    @torch.inference_mode()
+    def attention_weights(self, pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        """Attention weights of every fusion block, for inspection.
+
+        Args:
+            pixels: As for `encode`, at least one image.
+
+        Returns:
+            For each block (n, heads, 1 + cells, tokens + 1 + cells); see `Fusion.attention_weights` for the axes.
+
+        Raises:
+            ValueError: As for `encode`.
+            RuntimeError: As for `encode`.
+        """
+        batch = self._batch(pixels)
+        seen = self.vision(batch)
+        weights = self.fusion.attention_weights(seen.tokens, self.segmenter(batch, seen.grid))
+        return [block.cpu().numpy() for block in weights]
+
+    def _batch(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         expected = (3, self.image_size, self.image_size)
         if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
             raise ValueError(
                 f"pixels must be (n, {', '.join(map(str, expected))}) uint8, not {pixels.shape} {pixels.dtype}"
             )
-        if len(pixels) == 0:
-            return np.empty((0, self.dimension), dtype=np.float32)
-        embeddings: npt.NDArray[np.float32] = self(torch.from_numpy(pixels).to(self.device)).cpu().numpy()
-        return embeddings
-
-    @torch.inference_mode()
-    def attention_weights(self, pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
-        """Attention weights of every fusion block; see `Fusion.attention_weights` for the axes."""
-        batch = torch.from_numpy(pixels).to(self.device)
-        seen = self.vision(batch)
-        weights = self.fusion.attention_weights(seen.tokens, self.segmenter(batch, seen.grid))
-        return [block.cpu().numpy() for block in weights]
+        if self.training:
+            raise RuntimeError("the encoder is in training mode; call eval() before encoding for search")
+        # Views with negative strides and read-only arrays cannot become tensors as they are.
+        return torch.from_numpy(np.require(pixels, requirements=("C", "W"))).to(self.device)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters of each part."""
@@ -196,12 +255,23 @@ class ImageEncoder(nn.Module):
         return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
     def round_to_storage(self) -> Self:
-        """Rounds every weight to what will be stored, so that the encoder in memory is the one that is saved."""
+        """Rounds every weight to what will be stored, so that the encoder in memory is the one that is saved.
+
+        Returns:
+            The encoder itself.
+
+        Raises:
+            ValueError: A weight is too large for the storage type.
+        """
         if self.config.weight_dtype == "float16":
             with torch.no_grad():
-                for tensor in self.state_dict().values():
-                    if tensor.is_floating_point():
-                        tensor.copy_(tensor.to(torch.float16).to(tensor.dtype))
+                for name, tensor in self.state_dict().items():
+                    if not tensor.is_floating_point():
+                        continue
+                    rounded = tensor.to(torch.float16).to(tensor.dtype)
+                    if not torch.equal(rounded.isfinite(), tensor.isfinite()):
+                        raise ValueError(f"{name} holds values too large for float16; store the encoder in float32")
+                    tensor.copy_(rounded)
         return self
 
     def save(self, directory: Path) -> None:
@@ -213,7 +283,6 @@ class ImageEncoder(nn.Module):
         Raises:
             ValueError: The weights do not survive the storage type; call `round_to_storage` first.
         """
-        directory.mkdir(parents=True, exist_ok=True)
         stored_dtype = getattr(torch, self.config.weight_dtype)
         stored = {}
         for name, tensor in self.state_dict().items():
@@ -223,7 +292,8 @@ class ImageEncoder(nn.Module):
                 raise ValueError(
                     f"{name} is not representable in {self.config.weight_dtype}: call round_to_storage() first"
                 )
-        (directory / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n")
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_FILE).write_text(self.config.to_json() + "\n", encoding="utf-8")
         save_file(stored, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
     @classmethod
@@ -241,14 +311,19 @@ class ImageEncoder(nn.Module):
             EncoderError: A file is missing or damaged, or weights and configuration do not fit.
         """
         try:
-            fields = json.loads((directory / CONFIG_FILE).read_text())
+            fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
             weights = load_file(directory / WEIGHTS_FILE)
         except FileNotFoundError as error:
             raise EncoderError(f"encoder in {directory} misses {Path(error.filename or WEIGHTS_FILE).name}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
             raise EncoderError(f"encoder in {directory} cannot be read: {error}") from error
-        with torch.device("cpu"):
-            encoder = cls(EncoderConfig.from_dict(fields))
+        try:
+            config = EncoderConfig.from_dict(fields)
+            # The random weights are overwritten at once; drawing them must not move anybody else's randomness.
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                encoder = cls(config)
+        except EncoderError as error:
+            raise EncoderError(f"encoder in {directory}: {error}") from error
         wanted = encoder.state_dict()
         widened = {
             name: tensor.to(wanted[name].dtype) if name in wanted else tensor for name, tensor in weights.items()

@@ -25,6 +25,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # With the ids written down, no tokenizer file has to be found at run time.
 ONEFORMER_TASK_TOKENS = (49406, 518, 10549, 533, 29119, 1550, 49407, *(0,) * 70)
 
+# Transformers lists these beside the mask classifiers, but one labels only objects and the other wants videos.
+_NOT_SEMANTIC = ("detr", "videomt")
+
 
 @dataclass(frozen=True)
 class SegmentationConfig:
@@ -85,12 +88,34 @@ class Segmenter(nn.Module):
 
     The paper makes semantic tokens with "a linear layer" and says no more. OURS: the arg-max class map is one-hot
     encoded and average-pooled to the vision tower's patch grid: the fraction of each patch that each class covers.
+
+    Attributes:
+        config: The configuration.
+        backbone: The transformers model, without the loss that it was trained with.
     """
 
     def __init__(self, config: SegmentationConfig, backbone: nn.Module | None = None) -> None:
+        """Builds the segmenter, frozen and in evaluation mode.
+
+        Args:
+            config: The configuration.
+            backbone: The model, where it is at hand already; otherwise it is built with random weights.
+
+        Raises:
+            EncoderError: The configuration is wrong, or the model has another number of classes.
+        """
         super().__init__()
         self.config = config
         self.backbone = _build(config.backbone) if backbone is None else backbone
+        # Mask classifiers carry their training loss, OneFormer's even with a float64 parameter of its own.
+        if hasattr(self.backbone, "criterion"):
+            del self.backbone.criterion
+        labels = _class_count(self.backbone)
+        if labels != config.class_count:
+            raise EncoderError(
+                f"segmentation model {config.backbone.get('model_type')!r} has {labels} classes, but class_count is "
+                f"{config.class_count}"
+            )
         self.requires_grad_(requires_grad=False)
         super().train(mode=False)
         if config.task_tokens is not None:
@@ -109,16 +134,20 @@ class Segmenter(nn.Module):
             The segmenter, with a configuration that rebuilds it without the source.
 
         Raises:
-            EncoderError: A file is missing.
+            EncoderError: A file is missing or damaged, or the model is no segmentation model.
         """
-        universal = "former" in source.lower() and "segformer" not in source.lower()
-        auto_class = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
-        backbone = load_pretrained(auto_class, source, revision)
-        settings = {key: value for key, value in backbone.config.to_diff_dict().items() if not key.startswith("_")}
-        settings["model_type"] = backbone.config.model_type
-        tokens = ONEFORMER_TASK_TOKENS if backbone.config.model_type == "oneformer" else None
-        config = SegmentationConfig(settings, image_size, backbone.config.num_labels, task_tokens=tokens)
-        return cls(config, backbone)
+        # OneFormer's dropout and text towers follow this field and not the module's mode.
+        pretrained = load_pretrained(_class_of, source, revision, overrides={"is_training": False})
+        model_type = pretrained.settings["model_type"]
+        config = SegmentationConfig(
+            pretrained.settings,
+            image_size,
+            _class_count(pretrained.backbone),
+            pretrained.mean or IMAGENET_MEAN,
+            pretrained.std or IMAGENET_STD,
+            ONEFORMER_TASK_TOKENS if model_type == "oneformer" else None,
+        )
+        return cls(config, pretrained.backbone)
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - the signature is nn.Module's
         """Stays in evaluation mode: the segmenter is frozen."""
@@ -139,7 +168,7 @@ class Segmenter(nn.Module):
             outputs = self.backbone(inputs, task_inputs=task_tokens.expand(len(inputs), -1))
         else:
             outputs = self.backbone(inputs)
-        if "logits" in outputs:
+        if "class_queries_logits" not in outputs:
             scores: Tensor = outputs.logits
             return scores
         # Mask classification (MaskFormer, arXiv 2107.06278, eq. 4): marginalise the masks over the queries.
@@ -165,14 +194,22 @@ class Segmenter(nn.Module):
 
 def _build(settings: Mapping[str, Any]) -> nn.Module:
     """Builds a segmentation model with random weights."""
-    model_type = settings.get("model_type")
-    # Universal first: transformers lists some of its models under both headings.
-    auto_class: Any
-    if model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES:
-        auto_class = AutoModelForUniversalSegmentation
-    elif model_type in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
-        auto_class = AutoModelForSemanticSegmentation
-    else:
-        raise EncoderError(f"model_type {model_type!r} is not a segmentation model known to transformers")
-    model: nn.Module = auto_class.from_config(backbone_config(settings))
+    config = backbone_config(settings)
+    try:
+        model: nn.Module = _class_of(config.model_type).from_config(config)
+    except (RuntimeError, ValueError) as error:
+        raise EncoderError(f"segmentation model {config.model_type!r} cannot be built: {error}") from error
     return model
+
+
+def _class_count(backbone: Any) -> int:  # noqa: ANN401 - transformers is untyped
+    return int(backbone.config.num_labels)
+
+
+def _class_of(model_type: str) -> Any:  # noqa: ANN401 - transformers is untyped
+    """Class to make a model with."""
+    if model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES and model_type not in _NOT_SEMANTIC:
+        return AutoModelForUniversalSegmentation
+    if model_type in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
+        return AutoModelForSemanticSegmentation
+    raise EncoderError(f"model_type {model_type!r} is not a semantic segmentation model known to transformers")
