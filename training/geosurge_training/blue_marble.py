@@ -21,12 +21,13 @@ from PIL import Image
 
 from geosurge.errors import ConfigurationError
 from geosurge.geodesy import EARTH_RADIUS_KM
-from geosurge_training.data import Batch
+from geosurge_training.data import Batch, rebatch
 
 CLASSES = ("deep sea", "shelf sea", "lake", "lowland", "upland", "highland", "ice")
 _MASK_SHAPE = (2160, 4320)
 _LAKE = 2
 _TRAIN, _HELD_OUT, _PARTITION = range(3)
+_HELD_OUT_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class BlueMarble:
 
     Places are uniform by area over all land, Antarctica included. Training, held-out and partition samples come from
     separate random streams.
+
+    Attributes:
+        image_size: Side of the rendered views, pixels.
+        seed: Seed of the training and partition streams.
+        partition_samples: Number of coordinates that the partition is built from.
+        camera: How views differ.
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class BlueMarble:
 
         Args:
             image_size: Side of the rendered views, pixels.
-            seed: Seed of the training stream.
+            seed: Seed of the training and partition streams.
             partition_samples: Number of coordinates that the partition is built from.
             camera: How views differ.
 
@@ -111,9 +118,12 @@ class BlueMarble:
 
     def held_out(self, count: int, seed: int, batch_size: int) -> Iterator[Batch]:
         """Renders held-out views; see `ImageSource`."""
-        for start in range(0, count, batch_size):
-            rng = np.random.default_rng([seed, _HELD_OUT, start])
-            yield self._render_batch(rng, min(batch_size, count - start))
+        # Drawn in blocks of one size, so that the images depend on neither the count nor the batches asked for.
+        blocks = (
+            self._render_batch(np.random.default_rng([seed, _HELD_OUT, block]), _HELD_OUT_BLOCK)
+            for block in range(-(-count // _HELD_OUT_BLOCK))
+        )
+        yield from rebatch(blocks, count, batch_size)
 
     def labelled_batch(self, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views with their semantic classes, for training a segmenter.

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -36,11 +37,12 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimiser: torch.opt
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside / _MODEL_FILE)
     save_file(_optimiser_tensors(optimiser), aside / _OPTIMISER_FILE)
     (aside / _STATE_FILE).write_text(json.dumps({"step": step}))
-    for file in aside.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    for file in [*aside.iterdir(), aside]:
+        _flush(file)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
+    # The new name must be on the disk before the old checkpoints are not.
+    _flush(run)
     for older in run.glob(f"{_PREFIX}*"):
         if older != final:
             shutil.rmtree(older)
@@ -64,15 +66,32 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimiser: torch.optim.O
         Steps done.
 
     Raises:
-        ConfigurationError: The weights are of another recipe.
+        ConfigurationError: A file is missing or damaged, or the weights are of another recipe.
     """
     try:
-        model.load_state_dict(load_file(checkpoint / _MODEL_FILE))
+        weights = load_file(checkpoint / _MODEL_FILE)
+        moments = {} if optimiser is None else load_file(checkpoint / _OPTIMISER_FILE)
+        step = int(json.loads((checkpoint / _STATE_FILE).read_text())["step"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{checkpoint} is damaged: {error}; remove it, and training starts from the beginning"
+        ) from error
+    try:
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigurationError(f"{checkpoint} does not fit the recipe: {error}") from error
     if optimiser is not None:
-        _restore_optimiser(optimiser, load_file(checkpoint / _OPTIMISER_FILE))
-    return int(json.loads((checkpoint / _STATE_FILE).read_text())["step"])
+        _restore_optimiser(optimiser, moments)
+    return step
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

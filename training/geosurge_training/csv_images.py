@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from geosurge.errors import ConfigurationError, CoordinateOutOfRangeError, ImageError
-from geosurge.geodesy import validate_coordinates
+from geosurge.errors import ConfigurationError, ImageError
 from geosurge.images import decode_image
 from geosurge_training.data import Batch
 
@@ -52,7 +52,8 @@ class CsvImages:
             max_bad_share: Share of undecodable images in a batch above which it is an error.
 
         Raises:
-            ConfigurationError: The file is missing, lacks a column, or holds a coordinate that is none.
+            ConfigurationError: The file is missing, lacks a column, holds a row without a path or place, or leaves no
+                image to train on.
         """
         self._folder = images or csv_path.parent
         self._preprocess = preprocess
@@ -107,8 +108,8 @@ class CsvImages:
         bad = len(rows) - len(good)
         if bad > self._max_bad_share * len(rows) or not good:
             raise ConfigurationError(
-                f"{bad} of {len(rows)} images of a batch cannot be read, more than the stated share of "
-                f"{self._max_bad_share:.1%}; the log names them. Mend the files or raise `max_bad_share`."
+                f"{bad} of {len(rows)} images of a batch cannot be used, and `max_bad_share` allows "
+                f"{self._max_bad_share:.1%}; the log names them. Mend the files, leave them out or raise the share."
             )
         pixels = torch.from_numpy(np.stack([item for item in loaded if item is not None]))
         kept = rows[good]
@@ -124,8 +125,11 @@ class CsvImages:
 
 
 def _read(csv_path: Path) -> tuple[list[str], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    paths: list[str] = []
+    latitudes, longitudes = array("d"), array("d")
     try:
-        with csv_path.open(newline="", encoding="utf-8") as file:
+        # Spreadsheets put a byte order mark in front of the first column's name.
+        with csv_path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
@@ -133,16 +137,33 @@ def _read(csv_path: Path) -> tuple[list[str], npt.NDArray[np.float64], npt.NDArr
                     f"{csv_path} has no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)} and has "
                     f"{', '.join(reader.fieldnames or ['nothing'])}"
                 )
-            rows = [(row["path"], row["latitude_deg"], row["longitude_deg"]) for row in reader]
+            for row in reader:
+                path, latitude_deg, longitude_deg = _fields(row, f"{csv_path}, line {reader.line_num}")
+                paths.append(path)
+                latitudes.append(latitude_deg)
+                longitudes.append(longitude_deg)
     except OSError as error:
         raise ConfigurationError(f"{csv_path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigurationError(f"{csv_path} is not a CSV file in UTF-8: {error}") from error
+    return paths, np.array(latitudes), np.array(longitudes)
+
+
+def _fields(row: dict[str, str | None], place: str) -> tuple[str, float, float]:
+    path, latitude, longitude = (row[column] for column in _COLUMNS)
+    if not path:
+        raise ConfigurationError(f"{place}: the path is empty")
     try:
-        latitude_deg = np.array([row[1] for row in rows], dtype=np.float64)
-        longitude_deg = np.array([row[2] for row in rows], dtype=np.float64)
-        validate_coordinates(latitude_deg, longitude_deg)
-    except (ValueError, CoordinateOutOfRangeError) as error:
-        raise ConfigurationError(f"{csv_path} holds a coordinate that is none: {error}") from error
-    return [row[0] for row in rows], latitude_deg, longitude_deg
+        latitude_deg, longitude_deg = float(latitude or ""), float(longitude or "")
+    except ValueError as error:
+        raise ConfigurationError(f"{place}: a coordinate is not a number: {error}") from error
+    # Written so that NaN fails it too.
+    if not (abs(latitude_deg) <= 90.0 and abs(longitude_deg) <= 180.0):
+        raise ConfigurationError(
+            f"{place}: latitude_deg {latitude}, longitude_deg {longitude} is off the globe: latitudes must be in "
+            "[-90, 90] and longitudes in [-180, 180]"
+        )
+    return path, latitude_deg, longitude_deg
 
 
 def _unit_hash(path: str) -> float:

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import math
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from geosurge.encoder import ImageEncoder
 from geosurge.errors import ConfigurationError
-from geosurge_training.blue_marble import BlueMarble
+from geosurge_training.blue_marble import CLASSES, BlueMarble
 from geosurge_training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from geosurge_training.data import Batch, ImageSource
 from geosurge_training.geocells import GeocellEmbeddings
@@ -65,7 +64,9 @@ def make_partition(recipe: Recipe, run: Path, source: ImageSource | None = None)
             start_s2_level=section.start_s2_level,
             max_s2_level=section.max_s2_level,
         )
-        partition.save(path)
+        aside = path.with_suffix(".tmp")
+        partition.save(aside)
+        aside.rename(path)
     return path
 
 
@@ -78,13 +79,13 @@ def fit(recipe: Recipe, run: Path, *, stop_after: int | None = None) -> Path:
     Args:
         recipe: The recipe.
         run: Directory of the run; holds partition, segmenter, checkpoints and log.
-        stop_after: Stop with a checkpoint after this many steps of the whole run.
+        stop_after: Stop with a checkpoint after this many steps of the whole run, at least one.
 
     Returns:
         The newest checkpoint.
 
     Raises:
-        ConfigurationError: The directory holds a run of another recipe, or the data cannot be used.
+        ConfigurationError: The directory holds a run of another recipe, the data cannot be used, or training diverged.
         EncoderError: A backbone is not at hand.
     """
     _claim(recipe, run)
@@ -102,15 +103,20 @@ def fit(recipe: Recipe, run: Path, *, stop_after: int | None = None) -> Path:
     optimiser = _optimiser(model, section.learning_rate, section.weight_decay)
     checkpoint = latest_checkpoint(run)
     done = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimiser)
-    last = min(section.steps, stop_after or section.steps)
+    last = section.steps if stop_after is None else min(section.steps, stop_after)
     model.train()
-    with track("fit", last, done) as progress, _Log(run / LOG_FILE, done) as log:
+    with track("fit", last, done) as progress, _Log(run, len(counts), done) as log:
         for step in range(done, last):
             rate = learning_rate(step, section.learning_rate, section.warmup_steps, section.steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             torch.manual_seed(recipe.seed * 1_000_003 + step)
             losses = _step(recipe, model, optimiser, source.train_batch(step, section.batch_size), partition)
+            if not losses.isfinite().all():
+                raise ConfigurationError(
+                    f"the loss of step {step + 1} is {float(losses.sum())}: training diverged; lower "
+                    "training.learning_rate or raise training.warmup_steps"
+                )
             progress.advance(loss=float(losses.sum()), leaf=float(losses[-1]))
             if (step + 1) % section.log_every == 0:
                 log.write(step + 1, rate, losses, model.geocells.temperatures().detach())
@@ -163,6 +169,11 @@ def _prepare_segmenter(recipe: Recipe, run: Path, encoder: ImageEncoder, source:
             "encoder.segmentation.training_steps: this data source has no classes to train a segmenter on; "
             "give a pretrained one"
         )
+    if section.class_count != len(CLASSES):
+        raise ConfigurationError(
+            f"encoder.segmentation.class_count is {section.class_count}, but this data source has {len(CLASSES)} "
+            f"classes: {', '.join(CLASSES)}"
+        )
     path = run / SEGMENTER_FILE
     if not path.exists():
         accuracy = train_segmenter(
@@ -186,7 +197,9 @@ def _claim(recipe: Recipe, run: Path) -> None:
     digest = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
     marker = run / RECIPE_DIGEST_FILE
     if not marker.exists():
-        marker.write_text(digest + "\n")
+        aside = marker.with_suffix(".tmp")
+        aside.write_text(digest + "\n")
+        aside.rename(marker)
     elif marker.read_text().strip() != digest:
         raise ConfigurationError(f"{run} holds a run of another recipe; give another --run directory or remove it")
 
@@ -194,23 +207,26 @@ def _claim(recipe: Recipe, run: Path) -> None:
 class _Log:
     """A CSV row and TensorBoard scalars every few steps; rows past the resumed step are dropped."""
 
-    def __init__(self, path: Path, done: int) -> None:
-        self._path = path
-        self._done = done
-        self._file: TextIO
-
-    def __enter__(self) -> _Log:
+    def __init__(self, run: Path, level_count: int, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - part of the `train` extra only
 
+        levels = range(1, level_count + 1)
+        per_level = (f"{figure}_level_{level}" for figure in ("loss", "temperature") for level in levels)
+        self._columns = ("learning_rate", "loss", *per_level)
+        path = run / LOG_FILE
         rows: list[list[str]] = []
-        if self._path.exists():
-            with self._path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= self._done]
-        self._file = self._path.open("w", newline="")
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= done]
+        aside = path.with_suffix(".tmp")
+        with aside.open("w", newline="") as file:
+            csv.writer(file).writerows([["step", *self._columns], *rows])
+        aside.rename(path)
+        self._file = path.open("a", newline="")
         self._csv = csv.writer(self._file)
-        self._header_written = False
-        self._old_rows = rows
-        self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=self._done + 1)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+
+    def __enter__(self) -> _Log:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -218,16 +234,16 @@ class _Log:
         self._board.close()
 
     def write(self, step: int, rate: float, losses: Tensor, temperatures: Tensor) -> None:
-        """Adds one row."""
-        levels = range(1, len(losses) + 1)
-        figures = {"learning_rate": rate, "loss": float(losses.sum())}
-        figures |= {f"loss_level_{level}": float(losses[level - 1]) for level in levels}
-        figures |= {f"temperature_level_{level}": float(temperatures[level - 1]) for level in levels}
-        if not self._header_written:
-            self._csv.writerow(["step", *figures])
-            self._csv.writerows(self._old_rows)
-            self._header_written = True
-        self._csv.writerow([step, *(f"{value:.6g}" for value in figures.values())])
+        """Adds one row.
+
+        Args:
+            step: Steps done.
+            rate: Learning rate of the last step.
+            losses: (L,) loss of each level.
+            temperatures: (L,) temperature of each level.
+        """
+        figures = [rate, float(losses.sum()), *losses.tolist(), *temperatures.tolist()]
+        self._csv.writerow([step, *(f"{value:.6g}" for value in figures)])
         self._file.flush()
-        for name, value in figures.items():
+        for name, value in zip(self._columns, figures, strict=True):
             self._board.add_scalar(name, value, step)

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from geosurge.encoder import FusionConfig
+from geosurge.encoder.backbones import unknown_fields
 from geosurge.errors import ConfigurationError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: TOML has types of its own, and "12" in quotes is a slip of the pen.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class BlueMarbleData(_Section):
@@ -41,6 +44,12 @@ class PartitionSection(_Section):
     start_s2_level: int = Field(2, ge=0, le=30)
     max_s2_level: int = Field(30, ge=0, le=30)
 
+    @model_validator(mode="after")
+    def _one_value_a_level(self) -> Self:
+        if len(self.tau_min_per_level) != len(self.tau_max):
+            raise ValueError(f"tau_min has {len(self.tau_min_per_level)} values and tau_max {len(self.tau_max)}")
+        return self
+
     @property
     def tau_min_per_level(self) -> list[float]:
         """One `tau_min` a level."""
@@ -48,7 +57,10 @@ class PartitionSection(_Section):
 
 
 class TowerSection(_Section):
-    """A transformers backbone: pretrained, or from a configuration with random weights."""
+    """A transformers backbone: pretrained, or from a configuration with random weights.
+
+    Colour statistics are those that a pretrained backbone was trained with, where its files say so.
+    """
 
     pretrained: str | None = Field(None, description="Local directory, or hub id (then `revision` is required).")
     revision: str | None = Field(None, description="Commit of the hub repository.")
@@ -59,6 +71,8 @@ class TowerSection(_Section):
     def _one_origin(self) -> Self:
         if (self.pretrained is None) == (self.backbone is None):
             raise ValueError("give exactly one of `pretrained` and `backbone`")
+        for field in unknown_fields(self.backbone or {}):
+            raise ValueError(f"backbone.{field}: no such field of a transformers configuration of this model_type")
         return self
 
 
@@ -84,7 +98,7 @@ class FusionSection(_Section):
     width: int = Field(128, gt=0)
     latent_width: int = Field(64, gt=0)
     heads: int = Field(4, gt=0)
-    blocks: int = Field(3, ge=0)
+    blocks: int = Field(3, gt=0)
     mlp_ratio: float = Field(4.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -122,7 +136,7 @@ class CalibrationSection(_Section):
     """Held-out images that probabilities, radii and the point estimator are calibrated on."""
 
     count: int = Field(4000, gt=0)
-    seed: int = 1
+    seed: int = Field(1, ge=0)
 
 
 class BundleSection(_Section):
@@ -139,7 +153,7 @@ class Recipe(_Section):
     """A whole recipe."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     data: Annotated[BlueMarbleData | CsvData, Field(discriminator="source")]
     partition: PartitionSection
     encoder: EncoderSection
@@ -167,17 +181,51 @@ def load_recipe(path: Path) -> Recipe:
         raise ConfigurationError(f"recipe {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"recipe {path} is not TOML: {error}") from error
-    data = fields.get("data")
-    if isinstance(data, dict):
-        for key in ("csv", "images"):
-            if isinstance(data.get(key), str):
-                data[key] = path.parent / data[key]
+    _resolve_paths(fields, path.parent)
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc'])}: "
-            + ("no such key" if problem["type"] == "extra_forbidden" else problem["msg"])
-            for problem in error.errors()
-        )
-        raise ConfigurationError(f"recipe {path}: {problems}") from error
+        problems = dict.fromkeys(f"{_key(problem['loc'])}: {_reason(problem)}" for problem in error.errors())
+        raise ConfigurationError(f"recipe {path}: {'; '.join(problems)}") from error
+
+
+def _resolve_paths(fields: dict[str, Any], folder: Path) -> None:
+    """Takes relative paths from the recipe's folder; what is no directory there may still be a hub id."""
+    data = _table(fields, "data")
+    for key in ("csv", "images"):
+        if isinstance(data.get(key), str):
+            data[key] = folder / data[key]
+    for tower in ("vision", "segmentation"):
+        section = _table(_table(fields, "encoder"), tower)
+        pretrained = section.get("pretrained")
+        if isinstance(pretrained, str) and (folder / pretrained).is_dir():
+            section["pretrained"] = str(folder / pretrained)
+
+
+def _table(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    value = fields.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """Dotted key as it stands in the file, without pydantic's names of the members of a union."""
+    parts = [str(part) for part in location if part not in ("float", "list[float]")]
+    if parts[0] == "data" and len(parts) > 2:
+        del parts[1]
+    return ".".join(parts)
+
+
+def _reason(problem: ErrorDetails) -> str:
+    match problem["type"]:
+        case "extra_forbidden":
+            return "no such key"
+        case "missing":
+            return "missing"
+        case "union_tag_not_found":
+            return "the key `source` is missing"
+        case "is_instance_of":
+            return "must be a path in quotes"
+        case "value_error":
+            return problem["msg"].removeprefix("Value error, ")
+        case _:
+            return problem["msg"]

@@ -9,6 +9,7 @@ import torch
 from geosurge.encoder import EncoderConfig, ImageEncoder, SegmentationConfig, VisionConfig
 from geosurge.encoder.segmentation import Segmenter
 from geosurge.encoder.vision import VisionTower
+from geosurge.errors import ConfigurationError
 from geosurge_training.blue_marble import BlueMarble
 from geosurge_training.csv_images import CsvImages
 from geosurge_training.data import ImageSource
@@ -25,7 +26,8 @@ def build_encoder(recipe: Recipe) -> ImageEncoder:
         The encoder on the CPU.
 
     Raises:
-        EncoderError: A backbone is unknown or its files are not at hand.
+        ConfigurationError: A pretrained segmenter has another number of classes than the recipe says.
+        EncoderError: A backbone is unknown, or its files are not at hand.
     """
     torch.manual_seed(recipe.seed)
     section = recipe.encoder
@@ -64,14 +66,22 @@ def open_source(recipe: Recipe, encoder: ImageEncoder) -> ImageSource:
 def _vision_tower(recipe: Recipe) -> VisionTower:
     section = recipe.encoder.vision
     if section.pretrained is not None:
-        return VisionTower.from_pretrained(section.pretrained, section.revision, frozen=section.frozen)
+        return VisionTower.from_pretrained(
+            section.pretrained, section.revision, image_size=section.image_size, frozen=section.frozen
+        )
     return VisionTower(VisionConfig(_plain(section.backbone), section.image_size, frozen=section.frozen))
 
 
 def _segmenter(recipe: Recipe) -> Segmenter:
     section = recipe.encoder.segmentation
     if section.pretrained is not None:
-        return Segmenter.from_pretrained(section.pretrained, section.revision, image_size=section.image_size)
+        segmenter = Segmenter.from_pretrained(section.pretrained, section.revision, image_size=section.image_size)
+        if segmenter.config.class_count != section.class_count:
+            raise ConfigurationError(
+                f"encoder.segmentation.class_count is {section.class_count}, but {section.pretrained} has "
+                f"{segmenter.config.class_count} classes"
+            )
+        return segmenter
     backbone = {**_plain(section.backbone), "num_labels": section.class_count}
     return Segmenter(SegmentationConfig(backbone, section.image_size, section.class_count))
 
