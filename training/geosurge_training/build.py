@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from geosurge.bundle import finish_bundle, record_golden_queries, verify_bundle
 from geosurge.cells import CellRows, CellTree, write_cell_tree
 from geosurge.encoder import ImageEncoder
-from geosurge.errors import ConfigurationError
+from geosurge.errors import BundleInconsistentError, ConfigurationError
 from geosurge.geodesy import cell_id_to_area_km2, cell_id_to_outline, cell_id_to_s2_level, cell_id_to_token
 from geosurge.manifest import (
     ENCODER_DIRECTORY,
@@ -31,7 +29,7 @@ from geosurge.manifest import (
 )
 from geosurge.search import HierarchicalIndex
 from geosurge_training.checkpoint import latest_checkpoint, load_checkpoint
-from geosurge_training.fit import PARTITION_FILE, Trainable
+from geosurge_training.fit import PARTITION_FILE, Trainable, claim_run
 from geosurge_training.geocells import GeocellEmbeddings
 from geosurge_training.indexing import composite_embeddings, write_level_indexes
 from geosurge_training.partition import Partition, PartitionLevel
@@ -40,7 +38,9 @@ from geosurge_training.recipe import Recipe
 from geosurge_training.sources import build_encoder, open_source
 
 _LOGGER = logging.getLogger(__name__)
-_GOLDEN_QUERIES, _GOLDEN_IMAGES, _GOLDEN_LEAVES = 16, 2, 5
+_GOLDEN_QUERIES, _GOLDEN_LEAVES = 16, 5
+_GOLDEN_IMAGE_SIZES = ((160, 120), (120, 144))
+"""Width and height: neither square nor the encoder's size, so that shrinking and cropping are checked too."""
 
 
 def bundle_path(recipe: Recipe, run: Path) -> Path:
@@ -62,12 +62,13 @@ def build(recipe: Recipe, run: Path) -> Path:
         The bundle's directory; it is not calibrated yet.
 
     Raises:
-        ConfigurationError: The run has no checkpoint, or it does not fit the recipe.
+        ConfigurationError: The run has no checkpoint, or is another recipe's.
         BundleError: What was built does not verify.
     """
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         raise ConfigurationError(f"{run} has no checkpoint; run `geosurge-train fit` first")
+    claim_run(recipe, run)
     partition = Partition.load(run / PARTITION_FILE)
     geocells = GeocellEmbeddings(partition.cell_counts, recipe.encoder.fusion.dimension)
     model = Trainable(build_encoder(recipe), geocells)
@@ -93,7 +94,13 @@ def build(recipe: Recipe, run: Path) -> Path:
         golden_queries = record_golden_queries(
             tree, index, golden_embeddings, width=recipe.bundle.default_beam_width, k=_GOLDEN_LEAVES
         )
-    golden_images = _write_golden_images(aside, encoder, golden_pixels[:_GOLDEN_IMAGES].numpy())
+    if len(golden_queries) < len(golden_pixels) // 2:
+        raise BundleInconsistentError(
+            f"the beam of {recipe.bundle.default_beam_width} finds other leaves than the full scan for "
+            f"{len(golden_pixels) - len(golden_queries)} of {len(golden_pixels)} held-out images: raise "
+            "bundle.default_beam_width, or train longer"
+        )
+    golden_images = _write_golden_images(aside, encoder)
     manifest = Manifest(
         name=recipe.name,
         create_time=datetime.now(UTC),
@@ -159,15 +166,15 @@ def _level_info(number: int, level: PartitionLevel, file: str, recipe: Recipe) -
     )
 
 
-def _write_golden_images(
-    directory: Path, encoder: ImageEncoder, pixels: npt.NDArray[np.uint8]
-) -> tuple[GoldenImage, ...]:
+def _write_golden_images(directory: Path, encoder: ImageEncoder) -> tuple[GoldenImage, ...]:
+    """Pictures of coloured clouds: a bundle travels, and nobody's photographs should travel in it."""
     (directory / GOLDEN_DIRECTORY).mkdir()
     golden = []
-    for number, image in enumerate(pixels, start=1):
+    for number, size in enumerate(_GOLDEN_IMAGE_SIZES, start=1):
         file = f"{GOLDEN_DIRECTORY}/{number}.png"
-        content = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(content, "PNG")
-        (directory / file).write_bytes(content.getvalue())
-        golden.append(GoldenImage(file=file, embedding=encode_embedding(encoder.encode(image[None])[0])))
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        picture.save(directory / file, "PNG")
+        embedding = encoder.encode(encoder.preprocess(picture)[None])[0]
+        golden.append(GoldenImage(file=file, embedding=encode_embedding(embedding)))
     return tuple(golden)

@@ -10,13 +10,13 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from geosurge.bundle import finish_bundle, open_bundle
+from geosurge.bundle import open_bundle, replace_file, verify_bundle
 from geosurge.cells import CellTree
 from geosurge.encoder import ImageEncoder
 from geosurge.errors import ConfigurationError
 from geosurge.geodesy import great_circle_km
 from geosurge.locator import REACHED_LEAVES
-from geosurge.manifest import ENCODER_DIRECTORY, CalibrationInfo
+from geosurge.manifest import ENCODER_DIRECTORY, MANIFEST_FILE, CalibrationInfo, render_manifest
 from geosurge.posterior import (
     LeafShapes,
     Posterior,
@@ -28,7 +28,7 @@ from geosurge.posterior import (
 )
 from geosurge.search import HierarchicalIndex
 from geosurge_training.build import bundle_path
-from geosurge_training.fit import PARTITION_FILE
+from geosurge_training.fit import PARTITION_FILE, claim_run
 from geosurge_training.partition import Partition
 from geosurge_training.progress import track
 from geosurge_training.recipe import Recipe
@@ -79,11 +79,14 @@ def calibrate(recipe: Recipe, run: Path) -> CalibrationInfo:
         The calibration, as written.
 
     Raises:
-        ConfigurationError: There are too few held-out images.
+        ConfigurationError: There are too few held-out images, or the run is another recipe's.
         BundleError: The bundle is missing or damaged.
     """
     bundle = open_bundle(bundle_path(recipe, run))
-    encoder = ImageEncoder.load(bundle.path / ENCODER_DIRECTORY)
+    claim_run(recipe, run)
+    for problem in verify_bundle(bundle.path).problems:
+        raise problem.error
+    encoder = ImageEncoder.load(bundle.path / ENCODER_DIRECTORY, recipe.training.device)
     partition = Partition.load(run / PARTITION_FILE)
     with CellTree.open(bundle.tree_path) as tree, HierarchicalIndex.open(bundle.level_paths) as index:
         columns = tree.leaves
@@ -107,7 +110,9 @@ def calibrate(recipe: Recipe, run: Path) -> CalibrationInfo:
             source=f"{len(queries)} held-out images of {recipe.data.source}, seed {recipe.calibration.seed}",
         )
     manifest = bundle.manifest.model_copy(update={"calibration": calibration, "point_estimator": point})
-    finish_bundle(bundle.path, manifest)
+    # Only the manifest changes: hashing the other files anew would pass off damage as what was built.
+    _, data = render_manifest(manifest)
+    replace_file(bundle.path / MANIFEST_FILE, data)
     return calibration
 
 

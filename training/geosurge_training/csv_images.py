@@ -28,7 +28,7 @@ class CsvImages:
 
     An image is held out by a hash of its path, so that adding rows never moves one from one part to the other. Training
     goes through the training part in an order that is new each epoch. An image that cannot be decoded is logged and
-    left out of its batch; more than `max_bad_share` of a batch is an error.
+    left out of its batch; more than one, and more than `max_bad_share` of a batch, is an error.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CsvImages:
         self._preprocess = preprocess
         self._seed = seed
         self._max_bad_share = max_bad_share
-        self._paths, self._latitude_deg, self._longitude_deg = _read(csv_path)
+        self._paths, self._latitude_deg, self._longitude_deg = read_image_table(csv_path)
         draws = np.array([_unit_hash(path) for path in self._paths])
         self._held_out = np.flatnonzero(draws < held_out_share)
         self._train = np.flatnonzero(draws >= held_out_share)
@@ -106,7 +106,8 @@ class CsvImages:
         loaded = list(self._pool.map(self._pixels, rows.tolist()))
         good = [index for index, pixels in enumerate(loaded) if pixels is not None]
         bad = len(rows) - len(good)
-        if bad > self._max_bad_share * len(rows) or not good:
+        # One bad image is never too many: a small batch would turn it into a large share.
+        if bad > max(1, self._max_bad_share * len(rows)) or not good:
             raise ConfigurationError(
                 f"{bad} of {len(rows)} images of a batch cannot be used, and `max_bad_share` allows "
                 f"{self._max_bad_share:.1%}; the log names them. Mend the files, leave them out or raise the share."
@@ -124,7 +125,18 @@ class CsvImages:
             return None
 
 
-def _read(csv_path: Path) -> tuple[list[str], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def read_image_table(csv_path: Path) -> tuple[list[str], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Reads paths, latitudes and longitudes of a CSV file with the columns `path`, `latitude_deg`, `longitude_deg`.
+
+    Args:
+        csv_path: The file, UTF-8.
+
+    Returns:
+        n paths as written, (n,) latitudes and (n,) longitudes in degrees.
+
+    Raises:
+        ConfigurationError: The file is missing, lacks a column, or holds a coordinate that is none.
+    """
     paths: list[str] = []
     latitudes, longitudes = array("d"), array("d")
     try:

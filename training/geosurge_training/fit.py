@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import logging
 import math
 from pathlib import Path
@@ -53,7 +54,7 @@ def make_partition(recipe: Recipe, run: Path, source: ImageSource | None = None)
         The partition's file.
     """
     path = run / PARTITION_FILE
-    _claim(recipe, run)
+    claim_run(recipe, run)
     if not path.exists():
         source = source or open_source(recipe, build_encoder(recipe))
         section = recipe.partition
@@ -88,7 +89,7 @@ def fit(recipe: Recipe, run: Path, *, stop_after: int | None = None) -> Path:
         ConfigurationError: The directory holds a run of another recipe, the data cannot be used, or training diverged.
         EncoderError: A backbone is not at hand.
     """
-    _claim(recipe, run)
+    claim_run(recipe, run)
     keep_freed_memory()
     encoder = build_encoder(recipe)
     source = open_source(recipe, encoder)
@@ -191,17 +192,34 @@ def _prepare_segmenter(recipe: Recipe, run: Path, encoder: ImageEncoder, source:
     encoder.segmenter.backbone.load_state_dict(load_file(path))
 
 
-def _claim(recipe: Recipe, run: Path) -> None:
-    """Marks a directory as this recipe's run, or refuses one that is another's."""
+def claim_run(recipe: Recipe, run: Path) -> None:
+    """Marks a directory as this recipe's run, or refuses one that is another's.
+
+    What tells recipes apart is what the weights depend on: the seed, data, partition, encoder and training sections,
+    without paths, so that a moved folder or a better description is no other recipe.
+
+    Args:
+        recipe: The recipe.
+        run: Directory of the run, made when missing.
+
+    Raises:
+        ConfigurationError: The directory holds a run of another recipe.
+    """
     run.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+    sections = {"seed", "data", "partition", "encoder", "training"}
+    unlike = {"data": {"csv", "images"}, "training": {"device", "checkpoint_every", "log_every"}}
+    told = recipe.model_dump(mode="json", include=sections, exclude=unlike, exclude_defaults=True)
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     marker = run / RECIPE_DIGEST_FILE
     if not marker.exists():
         aside = marker.with_suffix(".tmp")
         aside.write_text(digest + "\n")
         aside.rename(marker)
     elif marker.read_text().strip() != digest:
-        raise ConfigurationError(f"{run} holds a run of another recipe; give another --run directory or remove it")
+        raise ConfigurationError(
+            f"{run} holds a run of another recipe (its data, partition, encoder or training section differs); "
+            "give another --run directory or remove it"
+        )
 
 
 class _Log:
