@@ -287,7 +287,10 @@ def _recognise(data: bytes) -> str | None:
 
 
 def _announced_size(data: bytes, file_format: str) -> tuple[int, int] | None:
-    """Reads width and height where Pillow's plugin would allocate the canvas before it tells them."""
+    """Reads width and height where Pillow's plugin allocates, or fails for want of pixels, before it tells them."""
+    if file_format == "PNG" and len(data) >= 24:
+        width, height = struct.unpack_from(">II", data, 16)
+        return width, height
     if file_format == "GIF" and len(data) >= 10:
         width, height = struct.unpack_from("<HH", data, 6)
         return width, height

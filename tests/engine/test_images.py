@@ -10,6 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
 from geosurge.errors import (
     ImageEmptyError,
     ImageError,
@@ -29,10 +34,6 @@ from geosurge.images import (
     normalise_image,
     read_image_bytes,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
-from PIL import Image
 
 HEIGHT, WIDTH = 48, 64
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
@@ -144,6 +145,13 @@ def test_each_kind_of_bad_input_has_its_own_error(data: bytes, error: type[Image
     with pytest.raises(error) as caught:
         decode_image(data)
     assert type(caught.value) is error
+
+
+def test_a_png_that_ends_after_its_header_is_refused_by_its_size() -> None:
+    header = struct.pack(">I4sIIBBBBB", 13, b"IHDR", 20_000, 20_000, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", zlib.crc32(header[4:]))
+    with pytest.raises(ImageTooManyPixelsError, match="20000 x 20000"):
+        decode_image(data)
 
 
 def test_a_format_taken_off_the_list_is_refused_by_name() -> None:
