@@ -227,8 +227,9 @@ def leaf_posterior(scores: NDArray[np.floating], temperature: float = 1.0) -> Fl
     Returns:
         (m,) float64, sum one.
     """
-    scaled = np.asarray(scores, dtype=np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
+    row = np.asarray(scores, dtype=np.float64)
+    # A score divided by a temperature of almost nothing would leave the range of float64.
+    weights = np.exp((row - row.max()) / temperature)
     return np.asarray(weights / weights.sum())
 
 
@@ -256,11 +257,13 @@ def posterior_mean(probabilities: Float64Array, unit_vectors: Float64Array, wind
     Args:
         probabilities: (m,) probabilities, the largest first.
         unit_vectors: (m, 3) directions of the leaves' means.
-        window_km: Leaves farther than this from the current point do not move it.
+        window_km: Leaves farther than this from the current point do not move it. `MIN_DISC_RADIUS_KM` at least: a leaf
+            whose samples all lie on one spot has no spread, and rounding would put it outside of a window of nothing.
 
     Returns:
         (3,) unit vector.
     """
+    window_km = max(window_km, MIN_DISC_RADIUS_KM)
     window_chord = 2.0 * math.sin(min(window_km / EARTH_RADIUS_KM, math.pi / 2) / 2.0)
     point = unit_vectors[0]
     members = np.zeros(len(probabilities), dtype=bool)

@@ -5,6 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
 from geosurge.geodesy import EARTH_RADIUS_KM, great_circle_km, latlng_to_unit_vector, unit_vector_to_latlng
 from geosurge.posterior import (
     HALF_CIRCUMFERENCE_KM,
@@ -25,10 +30,6 @@ from geosurge.posterior import (
     posterior_mean,
     radius_for_mass,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 ROUNDED_UP = 1 + 5.1e-4
 
@@ -81,6 +82,22 @@ def test_leaf_probabilities_equal_the_textbook_softmax() -> None:
     weights = [math.exp(1.0 / 0.7), math.exp(2.0 / 0.7), 0.0, math.exp(0.5 / 0.7)]
     assert leaf_posterior(scores, 0.7) == pytest.approx(np.array(weights) / sum(weights))
     assert leaf_posterior(np.float32([3e4, 3e4 - 1])) == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
+
+
+def test_a_temperature_of_almost_nothing_leaves_one_leaf() -> None:
+    assert leaf_posterior(np.array([1e5, 1e5 - 1.0]), 1e-306).tolist() == [1.0, 0.0]
+
+
+def test_leaves_without_spread_are_answered() -> None:
+    """A window of nothing would lose the most likely leaf itself to rounding."""
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        latitude, longitude = rng.uniform(-80, 80, 5), rng.uniform(-170, 170, 5)
+        latitude[1], longitude[1] = latitude[0], longitude[0]
+        leaves = leaf_shapes(latitude, longitude, np.zeros(5), np.ones(5))
+        posterior = infer(np.arange(5), np.array([3.0, 2.9, 0.5, 0.0, -1.0]), leaves)
+        assert float(posterior.distance_km[0]) < 2e-3
+        assert posterior.radius_km(0.5) < 0.01
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40))
