@@ -46,7 +46,8 @@ MAX_CLOSE_UPS: Final = 12
 MAX_LABELS: Final = 40
 
 _SEA, _GRID, _ANSWER = "#dce8f0", "#667788", "#d62728"
-_LAND_COLOURS: Final = LinearSegmentedColormap.from_list("land", ["#f6f2df", "#d3dfb4", "#9fbf8a"])
+# Cells with hardly a sample, such as whole oceans around an island, should look nearly like the sea.
+_LAND_COLOURS: Final = LinearSegmentedColormap.from_list("land", ["#e6edeb", "#d3dfb4", "#9fbf8a"])
 _TRUTH_STYLE: Final[dict[str, Any]] = {"color": "black", "marker": "+", "markersize": 8}
 _ANSWER_STYLE: Final[dict[str, Any]] = {"color": _ANSWER, "marker": "o", "markersize": 4}
 
