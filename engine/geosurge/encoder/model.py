@@ -178,7 +178,7 @@ class ImageEncoder(nn.Module):
         """
         side = self.image_size
         width, height = image.size
-        # The crop is taken in source coordinates, so that the resampling touches no pixel that is thrown away.
+        # Crop and resize in one go, in source coordinates: an odd margin is halved without rounding.
         shortest = min(width, height)
         left, top = (width - shortest) / 2, (height - shortest) / 2
         if image.size != (side, side):
