@@ -6,6 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import s2sphere
+from hypothesis import given
+from hypothesis import strategies as st
+
 from geosurge import geodesy
 from geosurge.errors import CoordinateOutOfRangeError
 from geosurge.geodesy import (
@@ -28,8 +31,6 @@ from geosurge.geodesy import (
     unit_vector_to_latlng,
     validate_coordinates,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 EARTH_AREA_KM2 = 4.0 * math.pi * EARTH_RADIUS_KM**2
 CORNER_LATITUDE = math.degrees(math.atan(1.0 / math.sqrt(2.0)))

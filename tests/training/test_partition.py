@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import s2sphere
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from geosurge.errors import ConfigurationError, CoordinateOutOfRangeError
 from geosurge.geodesy import (
     Float64Array,
@@ -22,8 +25,6 @@ from geosurge.geodesy import (
 )
 from geosurge_training import partition as partition_module
 from geosurge_training.partition import Partition, PartitionLevel, adaptive_partition
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PUBLISHED_TAU_MIN = 50
 PUBLISHED_TAU_MAX = (25_000, 10_000, 5_000, 2_000, 1_000, 750, 500)
