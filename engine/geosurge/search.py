@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,7 @@ class HierarchicalIndex:
         self._selection_limit: int | None = None
         self._thread_count = faiss.omp_get_max_threads()
         self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(self._thread_count, "geosurge-search")
+        self._threads_process = os.getpid()
         self._gpu_resources: Any = None
         self._largest_families = _cumulative_family_sizes(indexes[-1]) if len(indexes) > 1 else None
 
@@ -165,6 +167,11 @@ class HierarchicalIndex:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def release_leaves(self) -> None:
+        """Let go of the matrix that `exact` decoded; the next call decodes it again."""
+        with self._leaf_matrix_lock:
+            self._leaf_matrix = None
 
     def child_counts(self, level: int) -> NDArray[np.int64]:
         """Children of each cell of a level on the next level.
@@ -231,7 +238,7 @@ class HierarchicalIndex:
         self._check_count("k", k, hits)
         if len(embeddings) == 0:
             return LeafHits(np.empty((0, hits), np.int64), np.empty((0, hits), np.float32))
-        indexes, threads = self._open_indexes(self._indexes), self._threads
+        indexes, threads = self._open_indexes(self._indexes), self._own_threads()
         search_part = functools.partial(self._search_part, indexes, width=width, hits=hits, reachable=reachable)
         smallest, largest = _PART_SIZES
         part = min(max(-(-len(embeddings) // self._thread_count), smallest), largest)
@@ -249,7 +256,8 @@ class HierarchicalIndex:
     ) -> LeafHits:
         """Find the best leaves by scoring every leaf, or every leaf of some ranges.
 
-        The first call decodes the leaf level into one ``(n_leaves, dimension)`` float32 matrix, which stays in memory.
+        The first call decodes the leaf level into one ``(n_leaves, dimension)`` float32 matrix, which stays in memory
+        until `release_leaves`.
 
         Args:
             embeddings: ``(n, dimension)`` float32, C-contiguous, finite.
@@ -268,9 +276,7 @@ class HierarchicalIndex:
         """
         self._check_embeddings(embeddings)
         self._check_count("k", k, 1)
-        ranges = _merge_ranges(
-            [(0, self.cell_counts[-1])] if leaf_ranges is None else leaf_ranges, self.cell_counts[-1]
-        )
+        ranges = merge_ranges([(0, self.cell_counts[-1])] if leaf_ranges is None else leaf_ranges, self.cell_counts[-1])
         hits = min(k, sum(stop - start for start, stop in ranges))
         ordinals = np.empty((len(embeddings), hits), np.int64)
         scores = np.empty((len(embeddings), hits), np.float32)
@@ -341,6 +347,13 @@ class HierarchicalIndex:
                 raise
             raise self._id_out_of_range(level - 1, worst) from error
         return ordinals, scores
+
+    def _own_threads(self) -> ThreadPoolExecutor | None:
+        """The pool of this process: a forked one inherits its parent's pool without the threads, and would wait."""
+        if self._threads is not None and self._threads_process != os.getpid():
+            self._threads = ThreadPoolExecutor(self._thread_count, "geosurge-search")
+            self._threads_process = os.getpid()
+        return self._threads
 
     def _leaf_hits(self, ordinals: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> LeafHits:
         """The first ``k`` of what FAISS found, with ties ordered and missing hits marked."""
@@ -532,8 +545,16 @@ def _list_sizes(index: _FaissIndex) -> NDArray[np.int64]:
     return np.fromiter(map(index.invlists.list_size, range(index.nlist)), np.int64, index.nlist)
 
 
-def _merge_ranges(ranges: Iterable[tuple[int, int]], leaf_count: int) -> list[tuple[int, int]]:
-    """Ascending, disjoint, non-empty half-open ranges that cover the same leaves."""
+def merge_ranges(ranges: Iterable[tuple[int, int]], leaf_count: int) -> list[tuple[int, int]]:
+    """Ascending, disjoint, non-empty half-open ranges that cover the same leaves.
+
+    Args:
+        ranges: Half-open ranges of leaf ordinals, in any order.
+        leaf_count: Number of leaves.
+
+    Raises:
+        ValueError: A range is not within the leaves.
+    """
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if not 0 <= start <= stop <= leaf_count:
@@ -567,8 +588,13 @@ def _scan_leaves(
     queries: torch.Tensor, leaves: torch.Tensor, blocks: Sequence[list[tuple[int, int]]], k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and ordinals, ``(n, k)``, of the best leaves; blocks ascend, so a tie goes to the earlier one."""
-    best_scores = queries.new_empty((len(queries), 0))
-    best_ordinals = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
+    found_scores: list[torch.Tensor] = []
+    found_ordinals: list[torch.Tensor] = []
+
+    def best_found() -> tuple[torch.Tensor, torch.Tensor]:
+        scores, columns = _top_columns(torch.cat(found_scores, dim=1), min(k, sum(s.shape[1] for s in found_scores)))
+        return scores, torch.cat(found_ordinals, dim=1).gather(1, columns)
+
     for block in blocks:
         if len(block) == 1:
             start, stop = block[0]
@@ -576,13 +602,17 @@ def _scan_leaves(
         else:
             ordinals = torch.cat([torch.arange(start, stop, device=leaves.device) for start, stop in block])
             rows = leaves[ordinals]
-        scores, columns = _top_columns(queries @ rows.T, min(k, len(rows)))
-        best_scores = torch.cat([best_scores, scores], dim=1)
-        best_ordinals = torch.cat([best_ordinals, ordinals[columns]], dim=1)
-        if best_scores.shape[1] > scores.shape[1]:
-            best_scores, columns = _top_columns(best_scores, min(k, best_scores.shape[1]))
-            best_ordinals = best_ordinals.gather(1, columns)
-    return best_scores, best_ordinals
+        scores = queries @ rows.T
+        if k < len(rows):
+            scores, columns = _top_columns(scores, k)
+            ordinals = ordinals[columns]
+        found_scores.append(scores)
+        found_ordinals.append(ordinals.expand(scores.shape))
+        # Cut only what has grown to twice what is wanted: all leaves of many blocks are then sorted once.
+        if sum(s.shape[1] for s in found_scores) > 2 * k:
+            scores, ordinals = best_found()
+            found_scores[:], found_ordinals[:] = [scores], [ordinals]
+    return best_found()
 
 
 def _top_columns(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

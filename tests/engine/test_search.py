@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import TypeAlias
 import faiss
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -248,6 +253,59 @@ def test_an_empty_batch(small: HierarchicalIndex) -> None:
     for hits in (small.search(empty, width=2, k=3), small.exact(empty, k=3)):
         assert hits.ordinals.shape == hits.scores.shape == (0, 3)
     assert small.exact(np.ones((2, DIMENSION), np.float32), k=3, leaf_ranges=[]).ordinals.shape == (2, 0)
+
+
+def test_a_forked_child_searches_large_batches_too(directory: Path) -> None:
+    rng = np.random.default_rng(2)
+    composites, parents, _, _ = hierarchical_data((8, 20, 60), 1, 1.0, rng)
+    write_level_indexes(directory, composites, parents)
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        import numpy as np
+        from geosurge.search import HierarchicalIndex
+        embeddings = np.random.default_rng(0).standard_normal((64, int(sys.argv[2]))).astype(np.float32)
+        with HierarchicalIndex.open(sorted(Path(sys.argv[1]).glob("level-*.faiss"))) as index:
+            expected = index.search(embeddings, width=4, k=5).ordinals
+            child = os.fork()
+            if not child:
+                signal.alarm(20)
+                same = np.array_equal(index.search(embeddings, width=4, k=5).ordinals, expected)
+                os._exit(0 if same else 3)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(directory), str(composites[0].shape[1])]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+
+
+def test_released_leaves_are_decoded_again(small: HierarchicalIndex) -> None:
+    embeddings = np.ones((2, DIMENSION), np.float32)
+    before = small.exact(embeddings, k=3)
+    small.release_leaves()
+    after = small.exact(embeddings, k=3)
+    np.testing.assert_array_equal(after.ordinals, before.ordinals)
+    np.testing.assert_array_equal(after.scores, before.scores)
+
+
+def test_all_leaves_of_many_blocks_are_sorted_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    vectors = dyadic_vectors((200,), rng)
+    embeddings = rng.integers(-2, 3, (3, DIMENSION)).astype(np.float32)
+    sorted_columns = []
+
+    def count_columns(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sorted_columns.append(scores.shape[1])
+        return top_columns(scores, k)
+
+    top_columns = search._top_columns
+    monkeypatch.setattr(search, "_LEAF_BLOCK", 10)
+    monkeypatch.setattr(search, "_top_columns", count_columns)
+    with HierarchicalIndex.open(write_level_indexes(directory, vectors, [np.full(200, -1)])) as index:
+        hits = index.exact(embeddings, k=200)
+    np.testing.assert_array_equal(hits.ordinals, exact_oracle(vectors[0], embeddings, 200, np.arange(200)).ordinals)
+    assert sorted_columns == [200]
 
 
 def test_a_batch_is_its_queries_one_by_one(directory: Path) -> None:
