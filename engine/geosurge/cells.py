@@ -115,7 +115,8 @@ def write_cell_tree(path: Path, levels: Sequence[CellRows], *, store_outlines: b
             readers compute them from the tokens.
 
     Raises:
-        ValueError: The rows do not form a tree; names the level and the first bad row.
+        ValueError: The rows do not form a tree, or are S2 cells that overlap, do not ascend along the Hilbert curve or
+            leave their parents; names the level and the first bad row.
         FileExistsError: The directory holds something.
     """
     _validate_rows(levels)
@@ -218,7 +219,7 @@ class CellTree:
             CellUnknownError: The level has no such row.
         """
         self._check_ordinal(level, ordinal)
-        with self._begin() as transaction, _corruption_of(self._environment.file):
+        with self._reading() as transaction:
             return _with_outline(self._read_record(transaction, level, ordinal))
 
     def find(self, token: str, level: int | None = None, *, finest: bool = False) -> cell_pb2.Cell:
@@ -237,7 +238,7 @@ class CellTree:
         """
         if level is not None:
             self._check_level(level)
-        with self._begin() as transaction, _corruption_of(self._environment.file):
+        with self._reading() as transaction:
             found = self._look_up(transaction, token, level)
             if found:
                 return _with_outline(self._read_record(transaction, *found[-1 if finest else 0]))
@@ -270,7 +271,7 @@ class CellTree:
         point = np.atleast_1d(geodesy.latlng_to_cell_id(latitude_deg, longitude_deg))
         cells: list[cell_pb2.Cell] = []
         above = 0
-        with self._begin() as transaction, _corruption_of(self._environment.file):
+        with self._reading() as transaction:
             for level in range(1, self.level_count + 1):
                 coarsest, finest = (int(value) for value in self._columns[f"{level}/s2_level_range"])
                 for s2_level in range(max(above, coarsest), finest + 1):
@@ -334,10 +335,25 @@ class CellTree:
         parents: NDArray[np.int64] = self._columns[f"{level}/parents"]
         return parents
 
+    def cell_ids(self, level: int) -> NDArray[np.uint64]:
+        """(n,) S2 ids of a level's cells.
+
+        Raises:
+            CellKindUnsupportedError: The tree's cells are not S2 cells.
+            LevelOutOfRangeError: The tree has no such level.
+            BundleCorruptError: A token is no S2 cell.
+        """
+        if not self.has_s2_cells:
+            raise CellKindUnsupportedError("only S2 cells have S2 ids, and this tree has cells of another kind")
+        try:
+            return geodesy.token_to_cell_id(self.tokens(level, np.arange(self.cell_counts[level - 1])))
+        except ValueError as error:
+            raise BundleCorruptError(f"{self._environment.file}: level {level}: {error}") from error
+
     def place(self, level: int, ordinal: int) -> Place | None:
         """The named place nearest to a cell's mean, where one is known."""
         self._check_ordinal(level, ordinal)
-        with self._begin() as transaction, _corruption_of(self._environment.file):
+        with self._reading() as transaction:
             cell = self._read_record(transaction, level, ordinal)
         if not cell.HasField("place"):
             return None
@@ -362,7 +378,7 @@ class CellTree:
         problems = verify_cell_file(file.parent)
         if problems:
             raise BundleCorruptError(f"{file}: {problems[0]} ({len(problems)} problems in its pages)")
-        with self._begin() as transaction, _corruption_of(file):
+        with self._reading() as transaction:
             environment = self._environment
             for name, database in (("cells", environment.cells), ("tokens", environment.tokens)):
                 entries = transaction.stat(database)["entries"]
@@ -372,6 +388,8 @@ class CellTree:
                     )
             for level in range(1, self.level_count + 1):
                 self._check_links(level)
+            if self.has_s2_cells:
+                self._check_nesting()
             for level in range(1, self.level_count + 1):
                 tokens = self.tokens(level, np.arange(self.cell_counts[level - 1]))
                 for ordinal, token in enumerate(tokens):
@@ -381,6 +399,15 @@ class CellTree:
         problem = _link_problem(self.parents(level), level, self.cell_counts)
         if problem:
             raise BundleInconsistentError(f"{self._environment.file}: {problem}")
+
+    def _check_nesting(self) -> None:
+        above: NDArray[np.uint64] | None = None
+        for level in range(1, self.level_count + 1):
+            cells = self.cell_ids(level)
+            problem = _nesting_problem(cells, above, self.parents(level), level)
+            if problem:
+                raise BundleInconsistentError(f"{self._environment.file}: {problem}")
+            above = cells
 
     def _check_record(self, transaction: lmdb.Transaction, level: int, ordinal: int, token: str) -> None:
         where = f"{self._environment.file}: cell {ordinal} of level {level}"
@@ -409,11 +436,19 @@ class CellTree:
             if recorded != other:
                 raise BundleInconsistentError(f"{where}: its record has the {name} {recorded!r}, the tree {other!r}")
 
-    def _begin(self) -> contextlib.AbstractContextManager[lmdb.Transaction]:
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[lmdb.Transaction]:
+        file = self._environment.file
         if self._closed:
-            raise RuntimeError(f"the cell tree {self._environment.file} is closed")
-        transaction: contextlib.AbstractContextManager[lmdb.Transaction] = self._environment.lmdb.begin()
-        return transaction
+            raise RuntimeError(f"the cell tree {file} is closed")
+        try:
+            with _corruption_of(file), self._environment.lmdb.begin() as transaction:
+                yield transaction
+        except BundleCorruptError as error:
+            # Another thread that closes the tree takes the transaction from under this one.
+            if self._closed:
+                raise RuntimeError(f"the cell tree {file} was closed while it was read") from error
+            raise
 
     def _read_record(self, transaction: lmdb.Transaction, level: int, ordinal: int) -> cell_pb2.Cell:
         value = transaction.get(_cell_key(level, ordinal), db=self._environment.cells)
@@ -659,6 +694,13 @@ def _validate_rows(levels: Sequence[CellRows]) -> None:
         problem = _link_problem(np.asarray(rows.parents), level, counts)
         if problem:
             raise ValueError(problem)
+    if levels[0].s2_levels is None:
+        return
+    ids = [geodesy.token_to_cell_id(rows.tokens) for rows in levels]
+    for level, (cells, rows) in enumerate(zip(ids, levels, strict=True), start=1):
+        problem = _nesting_problem(cells, ids[level - 2] if level > 1 else None, np.asarray(rows.parents), level)
+        if problem:
+            raise ValueError(problem)
 
 
 def _validate_columns(rows: CellRows, level: int) -> None:
@@ -713,4 +755,28 @@ def _link_problem(parents: NDArray[np.int64], level: int, counts: tuple[int, ...
     childless = np.flatnonzero(np.bincount(parents, minlength=above) == 0)
     if childless.size:
         return f"cell {int(childless[0])} of level {level - 1} has no child, so no path leads from it to a leaf"
+    return None
+
+
+def _nesting_problem(
+    cells: NDArray[np.uint64], above: NDArray[np.uint64] | None, parents: NDArray[np.int64], level: int
+) -> str | None:
+    """What is wrong with the order of a level's S2 cells, or with their places inside those of the level above."""
+    first, last = geodesy.cell_id_range(cells)
+    disordered = np.flatnonzero(first[1:] <= last[:-1])
+    if disordered.size:
+        row = int(disordered[0])
+        one, other = geodesy.cell_id_to_token(cells[row : row + 2])
+        return (
+            f"cells {row} and {row + 1} of level {level}, {one!r} and {other!r}, overlap or are out of order: the S2 "
+            "cells of a level must be disjoint and ascend along the Hilbert curve"
+        )
+    if above is None:
+        return None
+    above_first, above_last = geodesy.cell_id_range(above)
+    outside = np.flatnonzero((first < above_first[parents]) | (last > above_last[parents]))
+    if outside.size:
+        row = int(outside[0])
+        child, parent = (geodesy.cell_id_to_token(ids)[0] for ids in (cells[[row]], above[parents[[row]]]))
+        return f"cell {row} of level {level}, {child!r}, is not inside its parent {parent!r}"
     return None

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bundles import make_levels
 
-from geosurge import geodesy
+from geosurge import cells, geodesy
 from geosurge.cells import DATA_FILE, CellRows, CellTree, verify_cell_file, write_cell_tree
 from geosurge.errors import (
     BundleCorruptError,
@@ -323,10 +323,11 @@ def test_a_tree_can_be_read_and_opened_again_after_a_fork(rows: list[CellRows], 
         from geosurge.cells import CellTree
         tree = CellTree.open(Path(sys.argv[1]))
         child = os.fork()
+        # One after the other, so that their lines do not mix.
+        status = os.waitpid(child, 0)[1] if child else None
         with CellTree.open(Path(sys.argv[1])) as again:
             print(tree.cell(1, 0).token, again.cell(1, 0).token, flush=True)
         if child:
-            _, status = os.waitpid(child, 0)
             print(tree.cell(1, 0).token, status)
         tree.close()
     """
@@ -380,6 +381,85 @@ def test_rows_that_are_no_tree_are_refused(
     with pytest.raises(ValueError, match=message):
         write_cell_tree(tmp_path / "tree", broken)
     assert not (tmp_path / "tree").exists()
+
+
+def two_levels(above: list[str], below: list[str], parents: list[int]) -> list[CellRows]:
+    def level(tokens: list[str], parents: list[int]) -> CellRows:
+        n = len(tokens)
+        s2_levels = geodesy.cell_id_to_s2_level(geodesy.token_to_cell_id(tokens))
+        template = entity_rows()[0]
+        columns = {name: np.resize(getattr(template, name), n) for name in ("spread_km", "area_km2", "sample_counts")}
+        return CellRows(
+            tokens=tokens,
+            parents=np.array(parents),
+            mean_latitude_deg=np.zeros(n),
+            mean_longitude_deg=np.zeros(n),
+            outlines=[template.outlines[0]] * n,
+            s2_levels=s2_levels,
+            **columns,
+        )
+
+    return [level(above, [-1] * len(above)), level(below, parents)]
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "parents", "message"),
+    [
+        (["1", "3"], ["04", "24"], [0, 1], None),
+        (["1", "3"], ["04", "3"], [0, 1], None),
+        (["1", "3"], ["04", "0c"], [0, 1], "cell 1 of level 2, '0c', is not inside its parent '3'"),
+        (["1", "04"], ["04", "0c"], [0, 1], "cells 0 and 1 of level 1, '1' and '04', overlap"),
+        (["3", "1"], ["24", "04"], [0, 1], "cells 0 and 1 of level 1, '3' and '1', overlap or are out of order"),
+        (["1"], ["0c", "04"], [0, 0], "cells 0 and 1 of level 2, '0c' and '04', overlap or are out of order"),
+        (["04"], ["1"], [0], "cell 0 of level 2, '1', is not inside its parent '04'"),
+    ],
+)
+def test_s2_cells_ascend_and_lie_inside_their_parents(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    above: list[str],
+    below: list[str],
+    parents: list[int],
+    message: str | None,
+) -> None:
+    rows = two_levels(above, below, parents)
+    if message is None:
+        write_cell_tree(tmp_path / "tree", rows)
+        with CellTree.open(tmp_path / "tree") as tree:
+            tree.check()
+            assert tree.cell_ids(2).tolist() == [int(token.ljust(16, "0"), 16) for token in below]
+        return
+    with pytest.raises(ValueError, match=message):
+        write_cell_tree(tmp_path / "tree", rows)
+    # A writer that does not look leaves a tree that its reader must see through.
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "_validate_rows", lambda rows: None)
+        write_cell_tree(tmp_path / "tree", rows)
+    with CellTree.open(tmp_path / "tree") as tree, pytest.raises(BundleInconsistentError, match=message):
+        tree.check()
+
+
+def test_only_s2_cells_have_s2_ids(tmp_path: Path) -> None:
+    write_cell_tree(tmp_path / "tree", entity_rows())
+    with CellTree.open(tmp_path / "tree") as tree, pytest.raises(CellKindUnsupportedError):
+        tree.cell_ids(1)
+
+
+def test_a_tree_closed_while_it_is_read_is_not_called_damaged(
+    rows: list[CellRows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cell_tree(tmp_path / "tree", rows)
+    tree = CellTree.open(tmp_path / "tree")
+
+    def close_first(level: int, ordinal: int) -> bytes:
+        tree.close()
+        return struct.pack(">BI", level, ordinal)
+
+    monkeypatch.setattr(cells, "_cell_key", close_first)
+    with pytest.raises(RuntimeError, match="was closed while it was read"):
+        tree.cell(1, 0)
+    with pytest.raises(RuntimeError, match="is closed"):
+        tree.cell(1, 0)
 
 
 def test_tokens_that_cannot_be_keys_are_refused(tmp_path: Path) -> None:
