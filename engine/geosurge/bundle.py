@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -83,6 +83,7 @@ __all__ = [
     "VerifyReport",
     "check_encoder",
     "check_index",
+    "check_listed_files",
     "decode_embedding",
     "encode_embedding",
     "finish_bundle",
@@ -267,7 +268,9 @@ def verify_bundle(path: Path, *, encoder_loader: Callable[[Path], Encoder] | Non
         return VerifyReport(path, (Problem(MANIFEST_FILE, error),))
     bundle = Bundle(path, manifest)
     problems = list(_file_problems(path, manifest))
-    problems += _content_problems(path, manifest, skip={problem.file for problem in problems})
+    problems += _hash_problems(bundle, skip={problem.file for problem in problems})
+    problems += _unlisted_problems(bundle)
+    problems += _unproven_problems(bundle)
     broken = {problem.file for problem in problems}
     with contextlib.ExitStack() as stack:
         if TREE_FILE not in broken:
@@ -280,14 +283,29 @@ def verify_bundle(path: Path, *, encoder_loader: Callable[[Path], Encoder] | Non
     return VerifyReport(path, tuple(problems))
 
 
+def check_listed_files(bundle: Bundle) -> None:
+    """Compares every byte of a bundle's files with the manifest.
+
+    Raises:
+        BundleCorruptError: A file has another content, or cannot be read.
+    """
+    for problem in _hash_problems(bundle):
+        raise problem.error
+
+
 def check_index(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> None:
     """Checks that manifest, tree and indexes belong together and that the golden queries get their answers.
+
+    The leaves that the index decoded for it are let go of.
 
     Raises:
         BundleInconsistentError: They contradict each other; names the file.
     """
-    for problem in _index_problems(bundle, tree, index):
-        raise problem.error
+    try:
+        for problem in _index_problems(bundle, tree, index):
+            raise problem.error
+    finally:
+        index.release_leaves()
 
 
 def check_encoder(bundle: Bundle, encoder: Encoder) -> None:
@@ -401,12 +419,12 @@ def _file_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
             )
 
 
-def _content_problems(path: Path, manifest: Manifest, *, skip: set[str]) -> Iterator[Problem]:
-    """What only reading everything finds: other content, and files that nobody vouches for."""
-    for relative, info in manifest.files.items():
+def _hash_problems(bundle: Bundle, *, skip: Collection[str] = ()) -> Iterator[Problem]:
+    """Files whose content is not what the manifest records."""
+    for relative, info in bundle.manifest.files.items():
         if relative in skip:
             continue
-        file = path / relative
+        file = bundle.path / relative
         try:
             digest = _sha256(file)
         except OSError as error:
@@ -416,8 +434,26 @@ def _content_problems(path: Path, manifest: Manifest, *, skip: set[str]) -> Iter
             yield Problem(
                 relative, BundleCorruptError(f"{file} has another SHA-256 than recorded; publish the bundle again")
             )
-    for relative in sorted(set(_walk(path)) - set(manifest.files)):
-        yield Problem(relative, BundleInconsistentError(f"{path / relative} is not in the manifest; remove it"))
+
+
+def _unlisted_problems(bundle: Bundle) -> Iterator[Problem]:
+    """Files that nobody vouches for."""
+    for relative in sorted(set(_walk(bundle.path)) - set(bundle.manifest.files)):
+        yield Problem(relative, BundleInconsistentError(f"{bundle.path / relative} is not in the manifest; remove it"))
+
+
+def _unproven_problems(bundle: Bundle) -> Iterator[Problem]:
+    """Parts without a recorded answer, of which nothing could tell whether they still are what was built."""
+    manifest = bundle.manifest
+    missing = []
+    if not manifest.golden_queries:
+        missing.append("golden queries, which prove its indexes")
+    if manifest.encoder is not None and not manifest.golden_images:
+        missing.append("golden images, which prove its encoder")
+    for what in missing:
+        yield Problem(
+            MANIFEST_FILE, BundleInconsistentError(f"{bundle.path / MANIFEST_FILE} has no {what}; build it again")
+        )
 
 
 def _open_checked_tree(bundle: Bundle, stack: contextlib.ExitStack) -> tuple[list[Problem], CellTree | None]:
@@ -472,6 +508,14 @@ def _index_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) ->
 
 def _structure_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Iterator[Problem]:
     levels, files = bundle.manifest.levels, bundle.level_paths
+    if tree.has_s2_cells != (bundle.manifest.cell_kind == "s2"):
+        actual = "S2 cells" if tree.has_s2_cells else "cells that are not S2 cells"
+        yield Problem(
+            TREE_FILE,
+            BundleInconsistentError(
+                f"{bundle.tree_path} has {actual}, but the manifest says cell_kind {bundle.manifest.cell_kind!r}"
+            ),
+        )
     counts = tuple(level.cells for level in levels)
     if tree.cell_counts != counts:
         yield Problem(

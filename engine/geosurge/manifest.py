@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from geosurge.errors import BundleCorruptError, BundleSchemaError
+from geosurge.posterior import Calibration
 
 SCHEMA_VERSION = 1
 """Schema that this engine writes."""
@@ -104,7 +105,7 @@ class CalibrationInfo(_Model):
     temperature: Annotated[float, Field(gt=0)]
     """Divides the scores."""
     confidence_levels: tuple[float, ...]
-    """Ascending; what was asked for."""
+    """Ascending from 0 to 1; what was asked for. Empty for no recalibration."""
     posterior_masses: tuple[float, ...]
     """Never decreasing; the posterior mass that holds the truth so often."""
     expected_calibration_error: Annotated[float, Field(ge=0, le=1)]
@@ -112,14 +113,13 @@ class CalibrationInfo(_Model):
     source: str
 
     @model_validator(mode="after")
-    def _check_map(self) -> CalibrationInfo:
-        levels, masses = np.array(self.confidence_levels), np.array(self.posterior_masses)
-        if len(levels) != len(masses):
-            raise ValueError(f"{len(levels)} confidence_levels, but {len(masses)} posterior_masses")
-        for name, values in (("confidence_levels", levels), ("posterior_masses", masses)):
-            if np.any(np.diff(values) < 0) or np.any((values < 0) | (values > 1)):
-                raise ValueError(f"{name} must not decrease and must lie in 0 to 1")
+    def _check_usable(self) -> CalibrationInfo:
+        self.to_calibration()
         return self
+
+    def to_calibration(self) -> Calibration:
+        """The part that inference uses; what it refuses, no manifest may say."""
+        return Calibration(self.temperature, self.confidence_levels, self.posterior_masses)
 
 
 class GoldenQuery(_Model):

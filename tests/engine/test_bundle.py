@@ -24,6 +24,7 @@ from geosurge.bundle import (
     Manifest,
     check_encoder,
     check_index,
+    check_listed_files,
     finish_bundle,
     open_bundle,
     read_manifest,
@@ -247,13 +248,17 @@ def test_levels_are_numbered_from_one(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("levels", "masses", "message"),
     [
-        ((0.5, 0.9), (0.5,), "2 confidence_levels, but 1 posterior_masses"),
-        ((0.9, 0.5), (0.5, 0.9), "confidence_levels must not decrease"),
-        ((0.5, 0.9), (0.9, 0.5), "posterior_masses must not decrease"),
-        ((0.5, 1.1), (0.5, 0.9), "in 0 to 1"),
+        ((0.0, 1.0), (0.5,), "2 confidence_levels but 1 posterior_masses"),
+        ((0.0, 0.9, 0.5, 1.0), (0.0, 0.5, 0.9, 1.0), "confidence_levels must ascend from 0 to 1"),
+        ((0.0, 0.5, 0.5, 1.0), (0.0, 0.5, 0.9, 1.0), "confidence_levels must ascend from 0 to 1"),
+        ((0.1, 0.5, 0.9, 0.95), (0.1, 0.5, 0.9, 0.95), "confidence_levels must ascend from 0 to 1"),
+        ((0.0, 0.5, 1.0), (0.0, 0.9, 0.5), "posterior_masses must lie in .* and never decrease"),
+        ((0.0, 1.0), (0.0, 1.1), "posterior_masses must lie in"),
     ],
 )
-def test_calibration_maps_are_monotone(levels: tuple[float, ...], masses: tuple[float, ...], message: str) -> None:
+def test_a_manifest_has_no_calibration_that_inference_refuses(
+    levels: tuple[float, ...], masses: tuple[float, ...], message: str
+) -> None:
     with pytest.raises(ValidationError, match=message):
         CalibrationInfo(
             temperature=1.0,
@@ -440,6 +445,46 @@ def test_parts_that_do_not_belong_together_are_found(
     assert {problem.file for problem in problems} == {file}
     assert isinstance(problems[0].error, BundleInconsistentError)
     assert re.search(message, str(problems[0].error))
+
+
+def test_a_bundle_without_golden_answers_is_a_problem(copy: Path) -> None:
+    for changes, missing in (
+        ({"golden_queries": ()}, ["golden queries"]),
+        ({"golden_images": ()}, ["golden queries", "golden images"]),
+    ):
+        problems = verify_bundle(refinish(copy, **changes)).problems
+        assert [problem.file for problem in problems] == ["manifest.json"] * len(missing)
+        for problem, what in zip(problems, missing, strict=True):
+            assert f"has no {what}" in str(problem.error)
+
+
+def test_a_bundle_that_answers_embeddings_needs_no_golden_images(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "blind")
+    assert not read_manifest(path).golden_images
+    assert verify_bundle(path).ok
+
+
+def test_cells_of_another_kind_than_the_manifest_says_are_found(copy: Path) -> None:
+    (problem,) = verify_bundle(refinish(copy, cell_kind="h3")).problems
+    assert problem.file == TREE_FILE
+    assert "has S2 cells, but the manifest says cell_kind 'h3'" in str(problem.error)
+
+
+def test_checking_an_index_keeps_no_decoded_leaves(whole: Path) -> None:
+    bundle = open_bundle(whole)
+    with CellTree.open(bundle.tree_path) as tree, HierarchicalIndex.open(bundle.level_paths) as index:
+        check_index(bundle, tree, index)
+        assert index._leaf_matrix is None
+
+
+def test_the_content_of_listed_files_is_checked(copy: Path) -> None:
+    (copy / "notes.txt").write_text("not in the manifest, and no matter to a reader")
+    check_listed_files(open_bundle(copy))
+    data = bytearray((copy / "level-2.faiss").read_bytes())
+    data[-1] ^= 1
+    (copy / "level-2.faiss").write_bytes(data)
+    with pytest.raises(BundleCorruptError, match=r"level-2\.faiss has another SHA-256"):
+        check_listed_files(open_bundle(copy))
 
 
 def test_a_tree_that_contradicts_itself_is_found(copy: Path) -> None:
