@@ -135,7 +135,7 @@ def locate(
     top_k: Annotated[int, typer.Option(min=1, max=MAX_TOP_K, help="Alternatives to return.")] = LocateOptions.top_k,
     beam_width: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_BEAM_WIDTH, help="Cells kept a level; the index's own default without it."),
+        typer.Option(min=1, max=MAX_BEAM_WIDTH, help="Cells kept a level, if more than the index's default."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Score every leaf instead of searching with a beam.")] = False,
     confidence_level: Annotated[

@@ -14,11 +14,14 @@ class LocateOptions:
 
     Attributes:
         top_k: Alternatives to return, at least 1.
-        beam_width: Cells kept a level, at least 1; ``None`` is the index version's default.
+        beam_width: Cells kept a level, at least 1; ``None`` is the index version's default. A narrower one than that is
+            widened to it, because the probabilities were calibrated with it and a narrow beam, which misses leaves,
+            overstates them. Without effect where every leaf is scored: with `exact` or `region_tokens`.
         exact: Score every leaf instead of searching with a beam.
         confidence_level: Posterior mass inside the radius and the credible region, in (0, 1).
         h3_resolution: Resolution, 0 to 15, of the H3 cell to return; ``None`` returns none.
-        region_tokens: Cells, of any level, that the answer must lie in; empty is the whole index.
+        region_tokens: Cells, of any level, that the answer must lie in; empty is the whole index. The leaves inside are
+            searched exactly. Of S2 cells, one that is smaller than the leaf around it stands for this leaf.
     """
 
     top_k: int = 5

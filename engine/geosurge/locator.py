@@ -7,9 +7,8 @@ posterior. A query that cannot be answered yields its error in its place and cos
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import hashlib
+import functools
 import math
 import operator
 import time
@@ -26,12 +25,10 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from geosurge import geodesy
-from geosurge.bundle import Bundle, check_encoder, check_index, open_bundle
+from geosurge.bundle import check_encoder, check_index, check_listed_files, open_bundle
 from geosurge.cells import CellTree
 from geosurge.encoder.model import ImageEncoder
 from geosurge.errors import (
-    BundleCorruptError,
-    BundleInconsistentError,
     CellUnknownError,
     EmbeddingInvalidError,
     EncoderMissingError,
@@ -44,7 +41,7 @@ from geosurge.images import DEFAULT_LIMITS, ImageLimits, decode_image, normalise
 from geosurge.location import Alternative, CredibleRegion, LocateOptions, Location, PathCell, Timings
 from geosurge.manifest import Manifest
 from geosurge.posterior import Calibration, LeafShapes, Posterior, infer, leaf_shapes, path_masses
-from geosurge.search import HierarchicalIndex
+from geosurge.search import HierarchicalIndex, merge_ranges
 from geosurge.store import resolve_bundle
 
 ImageInput: TypeAlias = bytes | Image.Image | str | Path
@@ -59,7 +56,10 @@ REACHED_LEAVES: Final = 1024
 """Leaves that a beam search returns at most, as the support of the posterior: never only the few that will be shown."""
 
 _MAX_SCORES: Final = 1 << 24
-"""Exact search returns every leaf; a large batch over a large index is cut so that no call returns more scores."""
+"""A large batch is cut so that no call of the index returns more scores; exact search returns every leaf's."""
+
+_CACHED_REGIONS: Final = 64
+"""A region is checked when its request arrives, and needed again when its batch is searched."""
 
 _Ranges: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -113,6 +113,9 @@ class Locator:
         self._leaves: LeafShapes = leaf_shapes(
             leaves.latitude_deg, leaves.longitude_deg, leaves.spread_km, leaves.area_km2
         )
+        leaf_cells = geodesy.cell_id_range(tree.cell_ids(tree.level_count)) if tree.has_s2_cells else None
+        find_ranges = functools.partial(_find_leaf_ranges, tree, leaf_cells, manifest.name)
+        self._leaf_ranges = functools.lru_cache(maxsize=_CACHED_REGIONS)(find_ranges)
 
     @classmethod
     def open(
@@ -143,8 +146,9 @@ class Locator:
         """
         bundle = open_bundle(resolve_bundle(Path(path)))
         if check_hashes:
-            _check_hashes(bundle)
-        calibration = _calibration(bundle)
+            check_listed_files(bundle)
+        info = bundle.manifest.calibration
+        calibration = Calibration() if info is None else info.to_calibration()
         with contextlib.ExitStack() as stack:
             tree = stack.enter_context(CellTree.open(bundle.tree_path))
             index = stack.enter_context(HierarchicalIndex.open(bundle.level_paths, device))
@@ -282,7 +286,8 @@ class Locator:
             except InputError as error:
                 results[row] = error
         for plan, members in groups.items():
-            size = len(members) if plan.width is not None else max(1, _MAX_SCORES // self.tree.cell_counts[-1])
+            scores = self.tree.cell_counts[-1] if plan.width is None else max(plan.width, REACHED_LEAVES)
+            size = max(1, _MAX_SCORES // scores)
             for start in range(0, len(members), size):
                 part = members[start : start + size]
                 queries = np.stack([embedding for _, embedding in part])
@@ -363,52 +368,17 @@ class Locator:
                 f"confidence_level is {options.confidence_level}; it must be greater than 0 and less than 1"
             )
         if options.region_tokens:
-            return _SearchPlan(None, self._leaf_ranges(options.region_tokens))
+            if len(options.region_tokens) > MAX_REGION_TOKENS:
+                raise OptionOutOfRangeError(
+                    f"the region has {len(options.region_tokens)} cells, at most {MAX_REGION_TOKENS} are allowed; "
+                    "use larger cells"
+                )
+            return _SearchPlan(None, self._leaf_ranges(tuple(options.region_tokens)))
         if options.exact:
             return _SearchPlan(None, None)
-        width = self.manifest.default_beam_width if options.beam_width is None else options.beam_width
-        return _SearchPlan(width, None)
-
-    def _leaf_ranges(self, tokens: Sequence[str]) -> _Ranges:
-        """Merged half-open ranges of the leaves inside any of the cells."""
-        if len(tokens) > MAX_REGION_TOKENS:
-            raise OptionOutOfRangeError(
-                f"the region has {len(tokens)} cells, at most {MAX_REGION_TOKENS} are allowed; use larger cells"
-            )
-        merged: list[tuple[int, int]] = []
-        for first, end in sorted(self._leaf_range(token) for token in tokens):
-            if merged and first <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-            elif first < end:
-                merged.append((first, end))
-        if not merged:
-            named = ", ".join(tokens[:5]) + (", ..." if len(tokens) > 5 else "")
-            raise RegionEmptyError(
-                f"the region ({named}) holds no leaf of index version {self.index_version!r}: its cells have no "
-                "training data or are smaller than leaves; use larger cells"
-            )
-        return tuple(merged)
-
-    def _leaf_range(self, token: str) -> tuple[int, int]:
-        """Leaves inside a cell of the tree, or inside any S2 cell where the tree is one of S2 cells."""
-        try:
-            cell = self.tree.find(token)
-        except CellUnknownError as error:
-            if not self.tree.has_s2_cells:
-                raise _unknown_cell(token, self.index_version) from error
-        else:
-            return self.tree.leaf_range(cell.level, cell.ordinal)
-        try:
-            smallest, largest = (int(bound[0]) for bound in geodesy.cell_id_range(geodesy.token_to_cell_id([token])))
-        except ValueError as error:
-            raise _unknown_cell(token, self.index_version) from error
-        # Leaves stand in the order of the Hilbert curve, along which everything inside a cell is one range of ids.
-        leaves = range(self.tree.cell_counts[-1])
-        first = bisect.bisect_left(leaves, smallest, key=self._leaf_cell_id)
-        return first, bisect.bisect_right(leaves, largest, lo=first, key=self._leaf_cell_id)
-
-    def _leaf_cell_id(self, ordinal: int) -> int:
-        return int(geodesy.token_to_cell_id(self.tree.tokens(self.tree.level_count, [ordinal]))[0])
+        # The leaves that a beam misses are missing from the normaliser too: narrower than what the calibration was
+        # fitted with, it would report certainty that nobody has. Of a beam of one, often one leaf is all.
+        return _SearchPlan(max(self.manifest.default_beam_width, options.beam_width or 0), None)
 
     def _locate_alike(
         self, embeddings: NDArray[np.float32], plan: _SearchPlan, options: Sequence[LocateOptions]
@@ -493,23 +463,53 @@ def _with_image_timings(result: Location | InputError, decode_ms: float, encode_
     return replace(result, timings=replace(result.timings, decode_ms=decode_ms, encode_ms=encode_ms))
 
 
-def _check_hashes(bundle: Bundle) -> None:
-    for relative, info in bundle.manifest.files.items():
-        path = bundle.path / relative
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != info.sha256:
-            raise BundleCorruptError(f"{path} has another SHA-256 than recorded; publish the bundle again")
+def _find_leaf_ranges(
+    tree: CellTree,
+    leaf_cells: tuple[NDArray[np.uint64], NDArray[np.uint64]] | None,
+    index_version: str,
+    tokens: tuple[str, ...],
+) -> _Ranges:
+    """Merged half-open ranges of the leaves inside any of the cells.
+
+    Args:
+        tree: The cells.
+        leaf_cells: Where these are S2 cells, the first and last S2 cell of level 30 inside each leaf: a region may then
+            name any S2 cell, and one that is smaller than the leaf around it stands for this leaf.
+        index_version: To name in errors.
+        tokens: The cells of the region.
+    """
+    if leaf_cells is None:
+        found = [_leaf_range(tree, token, index_version) for token in tokens]
+    else:
+        try:
+            smallest, largest = geodesy.cell_id_range(geodesy.token_to_cell_id(tokens))
+        except ValueError as error:
+            raise RegionCellUnknownError(
+                f"the region names a cell that index version {index_version!r} does not have: {error}; tokens of its "
+                "cells come with every answer's path"
+            ) from error
+        # Leaves stand in the order of the Hilbert curve, along which everything inside a cell is one range of ids.
+        starts = np.searchsorted(leaf_cells[1], smallest, side="left").tolist()
+        found = list(zip(starts, np.searchsorted(leaf_cells[0], largest, side="right").tolist(), strict=True))
+    merged = merge_ranges(found, tree.cell_counts[-1])
+    if not merged:
+        named = ", ".join(tokens[:5]) + (", ..." if len(tokens) > 5 else "")
+        raise RegionEmptyError(
+            f"the region ({named}) holds no leaf of index version {index_version!r}: there is no training data in its "
+            "cells; use other or larger cells"
+        )
+    return tuple(merged)
 
 
-def _calibration(bundle: Bundle) -> Calibration:
-    info = bundle.manifest.calibration
-    if info is None:
-        return Calibration()
+def _leaf_range(tree: CellTree, token: str, index_version: str) -> tuple[int, int]:
     try:
-        return Calibration(info.temperature, info.confidence_levels, info.posterior_masses)
-    except ValueError as error:
-        raise BundleInconsistentError(f"{bundle.path}: the manifest's calibration cannot be used: {error}") from error
+        cell = tree.find(token)
+    except CellUnknownError as error:
+        raise RegionCellUnknownError(
+            f"the region names the cell {token!r}, which index version {index_version!r} does not have; tokens of its "
+            "cells come with every answer's path"
+        ) from error
+    return tree.leaf_range(cell.level, cell.ordinal)
 
 
 def _check_integer(name: str, value: int, smallest: int, largest: int) -> None:
@@ -519,13 +519,6 @@ def _check_integer(name: str, value: int, smallest: int, largest: int) -> None:
         inside = False
     if not inside:
         raise OptionOutOfRangeError(f"{name} is {value!r}; it must be a whole number from {smallest} to {largest}")
-
-
-def _unknown_cell(token: str, index_version: str) -> RegionCellUnknownError:
-    return RegionCellUnknownError(
-        f"the region names the cell {token!r}, which index version {index_version!r} does not have; "
-        "tokens of its cells come with every answer's path"
-    )
 
 
 def _milliseconds_since(begun: float) -> float:

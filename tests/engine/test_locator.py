@@ -7,11 +7,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h3
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from support.bundles import geographic_embeddings, make_bundle, make_levels
+
 from geosurge import geodesy
 from geosurge.bundle import finish_bundle, read_manifest
 from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder, SegmentationConfig, VisionConfig
@@ -37,10 +42,8 @@ from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions, Location, Timings
 from geosurge.locator import MAX_BEAM_WIDTH, MAX_REGION_TOKENS, MAX_TOP_K, REACHED_LEAVES, Locator
 from geosurge.manifest import Manifest, decode_embedding, render_manifest
+from geosurge.search import LeafHits
 from geosurge.store import activate, publish
-from numpy.typing import NDArray
-from PIL import Image
-from support.bundles import geographic_embeddings, make_bundle, make_levels
 
 LEVEL_COUNTS = (4, 9, 40)
 DIMENSION = 16
@@ -179,13 +182,43 @@ def test_the_beam_at_full_width_equals_exact(locator: Locator) -> None:
         assert (one.place, one.h3_cell, one.index_version) == (other.place, other.h3_cell, other.index_version)
 
 
-def test_a_narrow_beam_overstates_the_leaves_that_it_reaches(locator: Locator) -> None:
-    for embedding in queries(10):
-        narrow = locate_one(locator, embedding, beam_width=1)
-        expected = textbook_posterior(locator, embedding)
-        for alternative in narrow.alternatives:
-            ordinal = locator.tree.find(alternative.token, LEVELS).ordinal
-            assert alternative.probability >= expected[ordinal] - 1e-4
+def test_a_beam_is_never_narrower_than_the_calibrated_one(tmp_path: Path) -> None:
+    """A beam of one would be certain of leaves that share their probability with others."""
+    with Locator.open(make_bundle(tmp_path / "bushy", level_counts=(40, 60, 200), dimension=8)) as bushy:
+        embeddings = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
+        usual = locations(bushy.locate_embeddings(embeddings, [LocateOptions()] * 30))
+        narrow = locations(bushy.locate_embeddings(embeddings, [LocateOptions(beam_width=1)] * 30))
+        wide = locations(bushy.locate_embeddings(embeddings, [LocateOptions(beam_width=60)] * 30))
+        exact = locations(bushy.locate_embeddings(embeddings, [LocateOptions(exact=True)] * 30))
+    assert narrow == usual
+    assert wide != usual
+    for one, other in zip(wide, exact, strict=True):
+        assert one.probability == pytest.approx(other.probability, rel=1e-4)
+
+
+def test_large_batches_are_cut_for_the_beam_and_for_the_scan(locator: Locator, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = queries(10)
+    sizes: dict[str, list[int]] = {"search": [], "exact": []}
+
+    def spy(name: str) -> None:
+        method = getattr(locator.index, name)
+
+        def counted(rows: NDArray[np.float32], **options: Any) -> LeafHits:
+            sizes[name].append(len(rows))
+            hits: LeafHits = method(rows, **options)
+            return hits
+
+        monkeypatch.setattr(locator.index, name, counted)
+
+    spy("search")
+    spy("exact")
+    for options, scores in ((LocateOptions(), REACHED_LEAVES), (LocateOptions(exact=True), LEVEL_COUNTS[-1])):
+        whole = locations(locator.locate_embeddings(embeddings, [options] * 10))
+        with monkeypatch.context() as patch:
+            patch.setattr("geosurge.locator._MAX_SCORES", 4 * scores)
+            parts = locations(locator.locate_embeddings(embeddings, [options] * 10))
+        assert [one.path[-1].token for one in parts] == [one.path[-1].token for one in whole]
+    assert sizes == {"search": [10, 4, 4, 2], "exact": [10, 4, 4, 2]}
 
 
 def test_golden_queries_get_their_recorded_leaves(locator: Locator) -> None:
@@ -320,8 +353,6 @@ def test_a_region_may_name_s2_cells_above_those_of_the_index(locator: Locator) -
 
 
 def test_a_region_without_leaves_is_refused_with_its_own_reason(locator: Locator) -> None:
-    leaf = geodesy.token_to_cell_id(locator.tree.tokens(LEVELS, [3]))
-    smaller = geodesy.cell_id_to_token(geodesy.cell_id_to_children(leaf)[0])
     covered = {
         int(cell)
         for cell in geodesy.cell_id_to_parent(geodesy.token_to_cell_id(locator.tree.tokens(1, [0, 1, 2, 3])), 2)
@@ -330,11 +361,38 @@ def test_a_region_without_leaves_is_refused_with_its_own_reason(locator: Locator
         *np.meshgrid(np.linspace(-89, 89, 60), np.linspace(-179, 179, 120)), s2_level=2
     )
     elsewhere = next(cell for cell in np.unique(all_cells) if int(cell) not in covered)
-    for token in (smaller[0], geodesy.cell_id_to_token([elsewhere])[0]):
-        with pytest.raises(RegionEmptyError, match=token):
-            locator.validate_options(LocateOptions(region_tokens=(token,)))
+    token = geodesy.cell_id_to_token([elsewhere])[0]
+    with pytest.raises(RegionEmptyError, match=token):
+        locator.validate_options(LocateOptions(region_tokens=(token,)))
     kept = locator.tree.tokens(1, [2])[0]
-    locator.validate_options(LocateOptions(region_tokens=(smaller[0], kept)))
+    locator.validate_options(LocateOptions(region_tokens=(token, kept)))
+
+
+def test_a_cell_smaller_than_a_leaf_stands_for_the_leaf_around_it(locator: Locator) -> None:
+    leaf = geodesy.token_to_cell_id(locator.tree.tokens(LEVELS, [3]))
+    smaller = geodesy.cell_id_to_token(geodesy.cell_id_to_children(leaf)[0])
+    lowest, highest = geodesy.cell_id_to_token(np.concatenate(geodesy.cell_id_range(leaf)))
+    own, other = locator.tree.tokens(LEVELS, [3, 20])
+    embedding = queries(1)[0]
+    for token in (*smaller, lowest, highest):
+        location = locate_one(locator, embedding, region_tokens=(token,))
+        assert [alternative.token for alternative in location.alternatives] == [own]
+    both = locate_one(locator, embedding, region_tokens=(smaller[2], other))
+    assert {alternative.token for alternative in both.alternatives} == {own, other}
+
+
+def test_a_region_is_resolved_once(locator: Locator, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = queries(1)[0]
+    options = LocateOptions(region_tokens=tuple(locator.tree.tokens(2, [1, 4])))
+    locator.validate_options(options)
+
+    def refuse(tokens: object) -> None:
+        raise AssertionError(f"{tokens} are looked up again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(geodesy, "token_to_cell_id", refuse)
+        patch.setattr(locator.tree, "find", refuse)
+        assert isinstance(locator.locate_embeddings(embedding[None], [options])[0], Location)
 
 
 @pytest.mark.parametrize("token", ["nowhere", "", "ffffffffffffffff", "\x00", "zz\udc80"])
@@ -430,7 +488,7 @@ def test_a_mixed_batch_answers_each_row_as_if_it_were_alone(locator: Locator) ->
     region = tuple(locator.tree.tokens(1, [0]))
     kinds = [
         LocateOptions(),
-        LocateOptions(beam_width=2),
+        LocateOptions(beam_width=20),
         LocateOptions(exact=True),
         LocateOptions(region_tokens=region),
     ]
@@ -570,10 +628,12 @@ def other_encoder(directory: Path) -> None:
 
 
 def unusable_calibration(directory: Path) -> None:
-    manifest = read_manifest(directory)
-    assert manifest.calibration is not None
-    calibration = manifest.calibration.model_copy(update={"confidence_levels": (0.1, 0.5, 0.9, 0.95)})
-    finish_bundle(directory, manifest.model_copy(update={"calibration": calibration}))
+    def change(manifest: Manifest) -> Manifest:
+        assert manifest.calibration is not None
+        calibration = manifest.calibration.model_copy(update={"confidence_levels": (0.1, 0.5, 0.9, 0.95)})
+        return manifest.model_copy(update={"calibration": calibration})
+
+    rewrite_manifest(directory, change)
 
 
 @pytest.mark.parametrize(
@@ -589,7 +649,7 @@ def unusable_calibration(directory: Path) -> None:
         (lambda path: flip(path / "manifest.json"), BundleCorruptError),
         (other_tree, BundleInconsistentError),
         (other_leaf_vectors, BundleInconsistentError),
-        (unusable_calibration, BundleInconsistentError),
+        (unusable_calibration, BundleCorruptError),
         (other_encoder, BundleEncoderMismatchError),
     ],
 )
