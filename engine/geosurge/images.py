@@ -62,15 +62,16 @@ class ImageLimits:
 
     Attributes:
         max_bytes: Encoded size at most.
-        max_pixels: Width times height at most, as the header announces them; 100 million decode to 300 MB. For TIFF and
-            WebP, Pillow's own limit (179 million unless the process changed it) holds as well.
+        max_pixels: Width times height at most, as the header announces them. While it is decoded, turned upright and
+            resized, a picture takes 8 to 14 bytes a pixel: up to 700 MB for 50 million. For TIFF and WebP, Pillow's own
+            limit (179 million unless the process changed it) holds as well.
         min_side_px: Shorter side at least. Eight pixels are one block of a JPEG: anything smaller (tracking pixels,
             spacers, broken thumbnails) holds nothing that could be located and would still get a confident answer.
         formats: Accepted formats, out of `IMAGE_FORMATS`.
     """
 
     max_bytes: int = 20_000_000
-    max_pixels: int = 100_000_000
+    max_pixels: int = 50_000_000
     min_side_px: int = 8
     formats: tuple[str, ...] = IMAGE_FORMATS
 

@@ -52,9 +52,9 @@ class ServerSettings(BaseSettings):
         default=20_000_000, ge=1, le=500_000_000, description="Largest encoded image that is accepted, bytes."
     )
     max_image_pixels: int = Field(
-        default=100_000_000,
+        default=50_000_000,
         ge=1,
-        description="Most pixels (width x height) that an image may announce; each costs 3 bytes while it is decoded.",
+        description="Most pixels (width x height) that an image may announce; each takes 8 to 14 bytes at once.",
     )
     max_batch_size: int = Field(
         default=32, ge=1, le=4096, description="Most requests that are encoded and searched together."
