@@ -34,6 +34,7 @@ from geosurge.images import (
     normalise_image,
     read_image_bytes,
 )
+from geosurge.settings import ServerSettings
 
 HEIGHT, WIDTH = 48, 64
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
@@ -172,6 +173,12 @@ def test_the_pixel_and_side_limits_are_inclusive() -> None:
         decode_image(FILES["png"], ImageLimits(max_pixels=HEIGHT * WIDTH - 1))
     with pytest.raises(ImageTooSmallError, match="64 x 48"):
         decode_image(FILES["png"], ImageLimits(min_side_px=HEIGHT + 1))
+
+
+def test_servers_and_callers_share_one_default_limit_of_pixels() -> None:
+    with pytest.raises(ImageTooManyPixelsError, match="the limit is 50000000"):
+        decode_image(announce("png", 8_000, 6_251))
+    assert ServerSettings().max_image_pixels == ImageLimits().max_pixels
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:
