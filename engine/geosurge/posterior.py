@@ -44,7 +44,6 @@ from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
 
 from geosurge.geodesy import EARTH_RADIUS_KM, latlng_to_unit_vector, unit_vector_to_latlng
 
@@ -54,9 +53,9 @@ Int64Array: TypeAlias = NDArray[np.int64]
 PointEstimate: TypeAlias = Literal["posterior_mean", "leaf"]
 """`posterior_mean`: see the module; `leaf`: the mean coordinate of the most likely leaf."""
 
-WINDOW_SPREADS: Final = 4.0
-"""Window of the point estimate, in spreads. A square cell of evenly spread samples has the spread 0.41 sides, so four
-reach the eight cells around it."""
+WINDOW_SPREADS: Final = 6.0
+"""Window of the point estimate, in spreads. A square cell of evenly spread samples has the spread 0.41 sides, so six
+reach the cells around it also where those are an S2 level coarser."""
 
 MIN_DISC_RADIUS_KM: Final = 1e-3
 """A leaf whose samples all lie on one spot is a disc of one metre."""
@@ -400,6 +399,9 @@ def fit_temperature(queries: Sequence[tuple[NDArray[np.floating], int]]) -> floa
     Raises:
         ValueError: No query has its true leaf among its leaves.
     """
+    # Fitting is rare, and scipy takes long to import for commands that only read a manifest.
+    from scipy.optimize import minimize_scalar  # noqa: PLC0415
+
     shifted = []
     truths = []
     for scores, truth in queries:

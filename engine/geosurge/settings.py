@@ -154,7 +154,8 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
 
     They are not refused: a cluster may put variables of this prefix into every process.
     """
-    known = {name.upper() for name in ServerSettings.model_fields}
+    # The command reads GEOSURGE_DEBUG itself.
+    known = {name.upper() for name in ServerSettings.model_fields} | {"DEBUG"}
     found: dict[str, str | None] = {}
     for variable in environment:
         name = variable.upper().removeprefix(ENVIRONMENT_PREFIX)
