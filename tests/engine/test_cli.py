@@ -15,8 +15,8 @@ import pytest
 import typer.main
 from google.protobuf import json_format
 from PIL import Image
-from support.bundles import make_bundle
-from support.servers import encoded_image, settings_for, tiny_encoder
+from support.bundles import make_bundle, tiny_encoder
+from support.servers import encoded_image, settings_for
 
 from geosurge import __version__, cli, locator
 from geosurge.client import Client

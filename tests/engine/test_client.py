@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.bundles import make_bundle
-from support.servers import embedding, encoded_image, settings_for, tiny_encoder
+from support.bundles import make_bundle, tiny_encoder
+from support.servers import embedding, encoded_image, settings_for
 
 from geosurge.client import AsyncClient, Client, Query, RetryPolicy
 from geosurge.errors import (

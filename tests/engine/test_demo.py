@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.bundles import make_bundle
-from support.servers import encoded_image, tiny_encoder
+from support.bundles import make_bundle, tiny_encoder
+from support.servers import encoded_image
 
 from geosurge import demo
 from geosurge.client import Client, RetryPolicy

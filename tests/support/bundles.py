@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from support.backbones import CLASS_COUNT, RESNET, SEGFORMER
 
 from geosurge import geodesy
 from geosurge.bundle import (
@@ -87,29 +88,9 @@ def geographic_embeddings(
 def tiny_encoder(*, dimension: int = 16, seed: int = 0) -> ImageEncoder:
     """An encoder with random weights over 32-pixel images, which embeds one in a millisecond or two."""
     torch.manual_seed(seed)
-    resnet = {
-        "model_type": "resnet",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 16],
-        "depths": [1, 1],
-        "layer_type": "basic",
-    }
-    segformer = {
-        "model_type": "segformer",
-        "num_labels": 3,
-        "num_encoder_blocks": 2,
-        "depths": [1, 1],
-        "sr_ratios": [2, 1],
-        "hidden_sizes": [8, 8],
-        "patch_sizes": [7, 3],
-        "strides": [4, 2],
-        "num_attention_heads": [1, 1],
-        "mlp_ratios": [2, 2],
-        "decoder_hidden_size": 8,
-    }
     config = EncoderConfig(
-        vision=VisionConfig(backbone=resnet, image_size=32),
-        segmentation=SegmentationConfig(backbone=segformer, image_size=32, class_count=3),
+        vision=VisionConfig(backbone=RESNET, image_size=32),
+        segmentation=SegmentationConfig(backbone=SEGFORMER, image_size=32, class_count=CLASS_COUNT),
         fusion=FusionConfig(dimension=dimension, width=16, latent_width=8, heads=2, blocks=1),
     )
     return ImageEncoder(config).eval()

@@ -196,7 +196,7 @@ def claim_run(recipe: Recipe, run: Path) -> None:
     """Marks a directory as this recipe's run, or refuses one that is another's.
 
     What tells recipes apart is what the weights depend on: the seed, data, partition, encoder and training sections,
-    without paths, so that a moved folder or a better description is no other recipe.
+    without the data's paths, so that a moved folder or a better description is no other recipe.
 
     Args:
         recipe: The recipe.

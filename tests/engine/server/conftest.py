@@ -5,8 +5,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from support.bundles import make_bundle
-from support.servers import running, settings_for, tiny_encoder
+from support.bundles import make_bundle, tiny_encoder
+from support.servers import running, settings_for
 
 from geosurge.server.app import Server
 
