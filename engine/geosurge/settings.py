@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from geosurge.errors import ConfigurationError
 from geosurge.store import default_store
 
 ENVIRONMENT_PREFIX: Final = "GEOSURGE_"
+
+
+class _Environment(EnvSettingsSource):
+    """The environment, less what Kubernetes puts there for a Service named geosurge: GEOSURGE_PORT=tcp://10.0.0.3:50051."""
+
+    def __call__(self) -> dict[str, Any]:
+        values = super().__call__()
+        if str(values.get("port")).startswith(("tcp://", "udp://")):
+            del values["port"]
+        return values
 
 
 class ServerSettings(BaseSettings):
@@ -98,6 +108,18 @@ class ServerSettings(BaseSettings):
         default="info", description="Least severe messages that are logged."
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What pydantic calls to learn where values come from: arguments, then the environment."""
+        return init_settings, _Environment(settings_cls)
+
     @property
     def max_receive_message_bytes(self) -> int:
         """Transport limit of one message.
@@ -138,7 +160,7 @@ def load_settings(config_file: Path | None = None, **flags: Any) -> ServerSettin
     """
     sources: dict[str, Mapping[str, Any]] = {
         "file": _read_toml(config_file) if config_file is not None else {},
-        "environment": EnvSettingsSource(ServerSettings)(),
+        "environment": _Environment(ServerSettings)(),
         "flag": {name: value for name, value in flags.items() if value is not None},
     }
     merged = {name: value for source in sources.values() for name, value in source.items()}

@@ -61,11 +61,23 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_wrong_variable_and_a_wrong_flag_are_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GEOSURGE_PORT", "tcp://10.0.0.1:80")
-    with pytest.raises(ConfigurationError, match="GEOSURGE_PORT in the environment is 'tcp"):
+    monkeypatch.setenv("GEOSURGE_PORT", "http")
+    with pytest.raises(ConfigurationError, match="GEOSURGE_PORT in the environment is 'http'"):
         load_settings()
     with pytest.raises(ConfigurationError, match="--device is 'tpu'"):
         load_settings(port=1, device="tpu")
+
+
+@pytest.mark.parametrize("value", ["tcp://10.0.0.3:50051", "udp://10.0.0.3:50051"])
+def test_the_port_variable_of_a_kubernetes_service_is_no_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("GEOSURGE_PORT", value)
+    monkeypatch.setenv("GEOSURGE_MAX_BATCH_SIZE", "5")
+    settings = load_settings()
+    assert (settings.port, settings.max_batch_size) == (50051, 5)
+    assert load_settings(write(tmp_path / "server.toml", "port = 7\n")).port == 7
+    assert load_settings(port=8).port == 8
 
 
 def test_an_unknown_variable_is_reported_with_its_closest_setting() -> None:
