@@ -16,7 +16,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import grpc
@@ -50,6 +50,7 @@ class Server:
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self._stopping = asyncio.Event()
+        self._abandoned = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._batcher = Batcher(max_batch_size=settings.max_batch_size, decode_workers=settings.decode_workers)
         self._admission = Admission(settings.max_concurrent_requests)
@@ -87,8 +88,8 @@ class Server:
                 f"cannot listen on {self.settings.address}: the port is taken or the address is not this machine's; "
                 "choose another port, or 0 for a free one"
             ) from error
-        self.address = self.settings.model_copy(update={"port": port}).address
         await self._grpc.start()
+        self.address = self.settings.model_copy(update={"port": port}).address
 
     async def warm_up(self) -> None:
         """Sends real inferences through every stage, then reports SERVING."""
@@ -108,7 +109,8 @@ class Server:
         drain = self.settings.drain_seconds if drain_seconds is None else drain_seconds
         await self._health.enter_graceful_shutdown()
         if self._grpc is not None:
-            await asyncio.sleep(drain)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._abandoned.wait(), drain)
             self._stopping.set()
             await self._grpc.stop(grace)
         versions, self._versions = self._versions, None
@@ -117,10 +119,12 @@ class Server:
             for handle in versions.loaded:
                 await self._batcher.on_owner(handle.locator.close)
         await self._batcher.stop()
-        logger.info("stopped address=%s", self.address)
+        if self.address:
+            logger.info("stopped address=%s", self.address)
 
     async def abandon(self) -> None:
-        """Cancels the calls that a running `stop` still waits for."""
+        """Ends the drain of a running `stop`, and cancels the calls that it still waits for."""
+        self._abandoned.set()
         if self._grpc is not None:
             await self._grpc.stop(None)
 
@@ -143,7 +147,7 @@ class Server:
         )
         geolocation = GeolocationService(self.settings, versions, self._batcher, self._admission, self._stopping)
         geolocation_pb2_grpc.add_GeolocationServiceServicer_to_server(geolocation, server)  # type: ignore[no-untyped-call]
-        cells = CellService(self.settings, versions)
+        cells = CellService(self.settings, versions, self._batcher, self._admission)
         cell_pb2_grpc.add_CellServiceServicer_to_server(cells, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -156,6 +160,8 @@ class Server:
 
 def serve(settings: ServerSettings, on_ready: Callable[[str], None] | None = None) -> None:
     """Serves until SIGTERM or SIGINT, then stops gracefully and returns; a second signal stops at once.
+
+    A signal while the server is still starting ends the start; the bundle is never served then.
 
     Args:
         settings: The settings.
@@ -176,10 +182,19 @@ async def _serve(settings: ServerSettings, on_ready: Callable[[str], None] | Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
     server = Server(settings)
-    await server.start()
+    start = asyncio.create_task(server.start())
+    signalled = asyncio.create_task(signals.get())
+    await asyncio.wait({start, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    if not start.done():
+        logger.info("stopping signal=%s before the start was over", signalled.result().name)
+        start.cancel()
+        with suppress(asyncio.CancelledError):
+            await start
+        return
+    await start
     if on_ready is not None:
         on_ready(server.address)
-    logger.info("stopping signal=%s", (await signals.get()).name)
+    logger.info("stopping signal=%s", (await signalled).name)
     stop = asyncio.create_task(server.stop())
     again = asyncio.create_task(signals.get())
     await asyncio.wait({stop, again}, return_when=asyncio.FIRST_COMPLETED)

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import geosurge
@@ -160,11 +161,16 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
 
 
 class CellService(cell_pb2_grpc.CellServiceServicer):
-    """Reads the cells of an index version. Look-ups touch the disk, so they run on threads."""
+    """Reads the cells of an index version. Look-ups touch the disk, so they run on the decoding threads.
 
-    def __init__(self, settings: ServerSettings, versions: Versions) -> None:
+    A call takes a permit, or is refused at once, as one that locates does: both compete for the same machine.
+    """
+
+    def __init__(self, settings: ServerSettings, versions: Versions, batcher: Batcher, admission: Admission) -> None:
         self._settings = settings
         self._versions = versions
+        self._batcher = batcher
+        self._admission = admission
 
     async def GetCell(  # noqa: N802
         self,
@@ -216,10 +222,11 @@ class CellService(cell_pb2_grpc.CellServiceServicer):
         *arguments: _Parameters.args,
         **keywords: _Parameters.kwargs,
     ) -> tuple[_Result, str]:
-        async with self._versions.acquire(version) as handle:
-            current_call().index_version = handle.name
-            result = await asyncio.to_thread(function, handle.locator.tree, *arguments, **keywords)
-            return result, handle.name
+        with self._admission.take():
+            async with self._versions.acquire(version) as handle:
+                current_call().index_version = handle.name
+                look_up = partial(function, handle.locator.tree, *arguments, **keywords)
+                return await self._batcher.in_decoder(look_up), handle.name
 
 
 def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation_pb2.GetInfoResponse:
@@ -228,7 +235,11 @@ def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation
     response = geolocation_pb2.GetInfoResponse(
         engine_version=geosurge.__version__,
         index_version=handle.name,
-        domain=f"{manifest.domain.can} Not: {manifest.domain.cannot} Trained on: {manifest.domain.training}",
+        domain=_sentences(
+            f"Locates: {manifest.domain.can}",
+            f"Not: {manifest.domain.cannot}",
+            f"Trained on: {manifest.domain.training}",
+        ),
         dimension=manifest.dimension,
         levels=[geolocation_pb2.LevelInfo(level=level.level, cell_count=level.cells) for level in manifest.levels],
         encoder_sha256="" if manifest.encoder is None else manifest.encoder.sha256,
@@ -247,6 +258,10 @@ def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation
     )
     response.index_create_time.FromDatetime(manifest.create_time)
     return response
+
+
+def _sentences(*parts: str) -> str:
+    return " ".join(f"{part.rstrip(' .')}." for part in parts)
 
 
 def _deadline(context: Any) -> float:  # noqa: ANN401
@@ -283,7 +298,7 @@ def _read_page_token(request: cell_pb2.ListChildrenRequest) -> tuple[int, str]:
     except (binascii.Error, ValueError, TypeError, RecursionError) as error:
         raise _page_error() from error
     fits = listing == _listing(request) and request.index_version in ("", version)
-    if not (fits and isinstance(version, str) and isinstance(start, int)):
+    if not (fits and isinstance(version, str) and type(start) is int):
         raise _page_error()
     return start, version
 

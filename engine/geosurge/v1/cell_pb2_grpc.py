@@ -34,6 +34,7 @@ class CellServiceStub(object):
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | RESOURCE_EXHAUSTED  | OVERLOADED (with RetryInfo)                                        |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """
@@ -70,6 +71,7 @@ class CellServiceServicer(object):
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | RESOURCE_EXHAUSTED  | OVERLOADED (with RetryInfo)                                        |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """
@@ -130,6 +132,7 @@ class CellService(object):
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | RESOURCE_EXHAUSTED  | OVERLOADED (with RetryInfo)                                        |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """

@@ -132,6 +132,16 @@ async def test_a_stop_answers_what_a_stream_has_sent_and_then_ends_it(bundle: Pa
         assert b"SHUTTING_DOWN" in dict(ended.value.trailing_metadata())["grpc-status-details-bin"]
 
 
+async def test_a_stop_that_is_abandoned_drains_no_longer(bundle: Path) -> None:
+    async with running(settings_for(bundle)) as (server, channel):
+        stopping = asyncio.create_task(server.stop(drain_seconds=300))
+        await asyncio.sleep(0.1)
+        assert (await geolocation(channel).Locate(request())).index_version == "tiny"
+        assert not stopping.done()
+        await server.abandon()
+        await asyncio.wait_for(stopping, 20)
+
+
 async def test_an_open_health_watch_does_not_hold_up_a_stop(bundle: Path) -> None:
     async with running(settings_for(bundle, grace_seconds=20)) as (server, channel):
         stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -212,3 +222,31 @@ def test_a_signal_stops_the_process_gracefully(bundle: Path) -> None:
     assert "stopping signal=SIGINT" in errors
     assert "code=OK" in errors
     assert "Traceback" not in errors
+
+
+def test_a_signal_while_starting_ends_the_start(bundle: Path) -> None:
+    program = """
+        import os, signal, sys, threading
+        from geosurge.locator import Locator
+        from geosurge.server.app import serve
+        from geosurge.settings import load_settings
+
+        opened = Locator.open
+
+        def open_slowly(*arguments, **keywords):
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(0.5)
+            return opened(*arguments, **keywords)
+
+        Locator.open = open_slowly
+        serve(load_settings(index=sys.argv[1], port=0), on_ready=lambda address: print("ready", flush=True))
+        print("stopped", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(bundle)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "stopped\n"
+    assert "stopping signal=SIGTERM" in run.stderr
+    assert " serving address" not in run.stderr
+    assert "stopped address" not in run.stderr
+    assert "Traceback" not in run.stderr

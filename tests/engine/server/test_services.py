@@ -361,3 +361,20 @@ def test_the_default_options_of_the_api_are_those_of_the_engine() -> None:
     default = LocateOptions()
     assert f"at least 1. Default {default.top_k}." in comments
     assert f"in (0, 1). Default {default.confidence_level}." in comments
+
+
+async def test_reading_cells_takes_a_permit_and_gives_it_back(bundle: Path) -> None:
+    async with running(settings_for(bundle, max_concurrent_requests=1)) as (server, channel):
+        stub = cells(channel)
+        coordinate = cell_pb2.Coordinate(latitude_deg=10.0, longitude_deg=20.0)
+        with server._admission.take():
+            async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"):
+                await stub.ListChildren(cell_pb2.ListChildrenRequest())
+            async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"):
+                await stub.GetCell(cell_pb2.GetCellRequest(token="1"))
+            async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"):
+                await stub.GetPath(cell_pb2.GetPathRequest(coordinate=coordinate))
+        assert (await stub.ListChildren(cell_pb2.ListChildrenRequest())).cells
+        async with refused(NOT_FOUND, "CELL_UNKNOWN"):
+            await stub.GetCell(cell_pb2.GetCellRequest(token="zz"))
+        assert server._admission.in_use == 0
