@@ -20,11 +20,12 @@ import io
 import os
 import queue
 import random
+import sys
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
@@ -84,7 +85,8 @@ class RetryPolicy:
     """How often and when a call is repeated after UNAVAILABLE.
 
     Attributes:
-        max_attempts: Attempts in all, at least 1.
+        max_attempts: Attempts in all, at least 1. A stream that has had an answer is taken up again until its timeout,
+            however many attempts that takes: its address is known to be right, and a restart lasts a while.
         first_pause_seconds: Mean pause before the second attempt; it doubles with each further one.
         longest_pause_seconds: The mean pause at most.
     """
@@ -97,7 +99,7 @@ class RetryPolicy:
         """Pause before the next attempt, spread by half around the mean; ``None`` when there must be none."""
         if failed_attempts >= self.max_attempts:
             return None
-        mean = min(self.first_pause_seconds * 2.0 ** (failed_attempts - 1), self.longest_pause_seconds)
+        mean = min(self.first_pause_seconds * 2.0 ** min(failed_attempts - 1, 100), self.longest_pause_seconds)
         # Spread keeps many clients from returning at one moment; nothing secret depends on it.
         pause = mean * random.uniform(0.5, 1.5)  # noqa: S311
         return pause if pause < remaining_seconds else None
@@ -248,7 +250,9 @@ class Client:
         return tuple(message_to_cell(cell, response.index_version) for cell in response.cells)
 
     def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:  # noqa: ANN401
-        attempts = _Attempts(self.address, self._retry, timeout_seconds or self._timeout_seconds)
+        attempts = _Attempts(
+            self.address, self._retry, self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        )
         while True:
             try:
                 return method(request, timeout=attempts.remaining_seconds)
@@ -400,7 +404,9 @@ class AsyncClient:
         return tuple(message_to_cell(cell, response.index_version) for cell in response.cells)
 
     async def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:  # noqa: ANN401
-        attempts = _Attempts(self.address, self._retry, timeout_seconds or self._timeout_seconds)
+        attempts = _Attempts(
+            self.address, self._retry, self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        )
         while True:
             try:
                 return await method(request, timeout=attempts.remaining_seconds)
@@ -440,7 +446,8 @@ class _Attempts:
         raise _error_of(failure, self._address, self._timeout_seconds) from failure
 
     def succeed(self) -> None:
-        """Forgets failures and starts the clock anew for the next answer."""
+        """Forgets failures and starts the clock anew for the next answer; only the clock ends the attempts now."""
+        self._policy = replace(self._policy, max_attempts=sys.maxsize)
         self._failed = 0
         self._deadline = None
 
@@ -609,7 +616,9 @@ def _to_png(image: Any) -> bytes:  # noqa: ANN401
 
 
 def _too_large(size: int, limit: int) -> ImageTooLargeError:
-    return ImageTooLargeError(f"the image has {size} bytes, at most {limit} are accepted; send a smaller one")
+    return ImageTooLargeError(
+        f"the image has {size} bytes, the limit is {limit}; send a smaller or more compressed picture"
+    )
 
 
 def _path_request(latitude_deg: float, longitude_deg: float, index_version: str) -> cell_pb2.GetPathRequest:

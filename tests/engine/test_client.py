@@ -220,6 +220,56 @@ def test_a_stream_survives_a_restart_of_the_server(bundle: Path) -> None:
         ]
 
 
+def test_a_stream_outlasts_a_restart_longer_than_all_attempts_of_a_first_contact(bundle: Path) -> None:
+    port = free_port()
+    retry = RetryPolicy(max_attempts=2, first_pause_seconds=0.05)
+    with ExitStack() as first, ExitStack() as second:
+        address = first.enter_context(background_server(settings_for(bundle, port=port)))
+        starting = threading.Timer(1, lambda: second.enter_context(background_server(settings_for(bundle, port=port))))
+
+        def send() -> Iterator[Query]:
+            for number in range(20):
+                if number == 10:
+                    first.close()
+                    starting.start()
+                yield embedding(number)
+
+        with Client(address, retry=retry) as client:
+            answers = list(client.locate_many(send(), window=4))
+        starting.join()
+        assert [type(answer) for answer in answers] == [Location] * 20
+
+
+async def test_an_asynchronous_stream_outlasts_it_too_and_ends_at_its_timeout(bundle: Path) -> None:
+    port = free_port()
+    retry = RetryPolicy(max_attempts=2, first_pause_seconds=0.05)
+    with ExitStack() as first, ExitStack() as second:
+        address = first.enter_context(background_server(settings_for(bundle, port=port)))
+        starting = threading.Timer(1, lambda: second.enter_context(background_server(settings_for(bundle, port=port))))
+
+        async def send() -> AsyncIterator[Query]:
+            for number in range(30):
+                if number == 10:
+                    await asyncio.to_thread(first.close)
+                    starting.start()
+                if number == 20:
+                    await asyncio.to_thread(second.close)
+                yield embedding(number)
+
+        answers = []
+        async with AsyncClient(address, retry=retry) as client:
+            with pytest.raises((ServiceError, DeadlineExceededError)):  # noqa: PT012
+                async for answer in client.locate_many(send(), window=4, timeout_seconds=10):
+                    answers.append(answer)  # noqa: PERF401
+        starting.join()
+        assert [type(answer) for answer in answers] == [Location] * 20
+
+
+def test_a_timeout_of_nothing_is_not_the_default(client: Client) -> None:
+    with pytest.raises(DeadlineExceededError):
+        client.get_info(timeout_seconds=0)
+
+
 def test_a_server_that_comes_up_late_is_waited_for(bundle: Path) -> None:
     port = free_port()
     with ExitStack() as stack:
