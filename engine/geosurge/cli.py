@@ -32,6 +32,7 @@ from geosurge.store import default_store, resolve_bundle
 
 MAX_TOP_K: Final = 100
 MAX_BEAM_WIDTH: Final = 2048
+MAX_PORT: Final = 65535
 BATCH_SIZE: Final = 32
 """Images located together when no server does it."""
 
@@ -111,7 +112,8 @@ def _common(
 
 
 def _check_server(address: str | None) -> str | None:
-    if address is not None and not re.fullmatch(r".+:\d+", address):
+    parts = re.fullmatch(r"(?:\[[^\[\]/]+\]|[^:/\[\]\s]+):([0-9]{1,5})", address) if address is not None else None
+    if address is not None and (parts is None or not 1 <= int(parts[1]) <= MAX_PORT):
         raise typer.BadParameter(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051")
     return address
 
@@ -168,6 +170,8 @@ def locate(
         raise UsageError("--server has its own index and device; leave out --index and --device, or --server")
     if server is None and timeout is not None:
         raise UsageError("--timeout is for the answers of a server; name one with --server, or leave it out")
+    if images.count("-") > 1:
+        raise UsageError("- is given more than once, but standard input can be read only once")
     options = LocateOptions(
         top_k=top_k,
         beam_width=beam_width,

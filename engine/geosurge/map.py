@@ -97,6 +97,8 @@ def read_marks(lines: Iterable[str], truths: Mapping[Path, Coordinate] | None = 
             if "error" in content:
                 continue
             response = json_format.ParseDict(content, geolocation_pb2.LocateResponse())
+            if not response.HasField("location"):
+                raise TypeError("it has neither a location nor an error")
         except (json.JSONDecodeError, json_format.ParseError, TypeError) as error:
             raise UsageError(
                 f"line {number} of the answers is not what geosurge locate --json prints: {error}"

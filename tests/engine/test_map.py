@@ -152,7 +152,9 @@ def test_marks_are_read_from_what_locate_prints(tmp_path: Path, monkeypatch: pyt
     assert read_marks(lines, truths) == [Mark("nile", first), Mark("fiji", second, Coordinate(-18.0, 178.0))]
 
 
-@pytest.mark.parametrize("line", ["not json", "[1, 2]", "3", '{"request_id": 5}', '{"location": {"lat": 1}}'])
+@pytest.mark.parametrize(
+    "line", ["not json", "[1, 2]", "3", "{}", '{"request_id": "a"}', '{"request_id": 5}', '{"location": {"lat": 1}}']
+)
 def test_a_line_that_locate_never_prints_is_named(line: str) -> None:
     good = response_to_json(location_to_response(located(0.0, 0.0), "a"))
     with pytest.raises(UsageError, match="line 2 of the answers"):
