@@ -52,7 +52,7 @@ from geosurge_training.indexing import composite_embeddings, write_level_indexes
 CELL_COUNTS = (684, 1744, 3298, 7202, 12893, 16150, 21673)
 DIMENSION = 768
 TEMPERATURE = 0.07
-CALLS_A_TURN = {1: 10, 32: 4, 256: 2}
+CALLS_A_TURN = {1: 50, 32: 4, 256: 2}
 """Counted calls of each batch size; short calls need more of them for a steady median."""
 PAUSE_S = 0.05
 QUERIES = 1024
@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--storage", choices=["fp32", "fp16", "sq8"], default="fp32", help="of the deeper levels")
+    parser.add_argument("--storage", choices=["fp32", "fp16", "sq8"], default="fp16", help="of the deeper levels")
     parser.add_argument("--width", type=int, default=32, help="width of the beam")
     parser.add_argument("--repeats", type=int, default=8, help="rounds")
     arguments = parser.parse_args()
