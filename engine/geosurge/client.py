@@ -419,6 +419,9 @@ class _Attempts:
     """The attempts of one call, or those to get one answer out of a stream: how many, and until when."""
 
     def __init__(self, address: str, policy: RetryPolicy, timeout_seconds: float) -> None:
+        if timeout_seconds <= 0:
+            # gRPC would send the call, and an answer can be faster than a deadline that has passed.
+            raise DeadlineExceededError(_unanswered(address, timeout_seconds))
         self._address = address
         self._policy = policy
         self._timeout_seconds = timeout_seconds
@@ -520,10 +523,14 @@ def _error_of(failure: grpc.RpcError, address: str, timeout_seconds: float) -> G
     if code == grpc.StatusCode.UNAVAILABLE:
         details = f"the server at {address} cannot be reached ({details}); check the address and that it is running"
     elif code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        details = f"the server at {address} did not answer within {timeout_seconds:g} s"
+        details = _unanswered(address, timeout_seconds)
     elif code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         details = f"the request is too large for the server at {address} ({details}); send a smaller image"
     return status_to_error(status_pb2.Status(code=code.value[0], message=details))
+
+
+def _unanswered(address: str, timeout_seconds: float) -> str:
+    return f"the server at {address} did not answer within {timeout_seconds:g} s"
 
 
 def _outcome(response: geolocation_pb2.LocateStreamResponse) -> Location | GeoSurgeError:

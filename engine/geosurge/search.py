@@ -24,7 +24,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +54,8 @@ except ImportError as error:
 _FaissIndex: TypeAlias = Any
 """A FAISS index; FAISS's type stubs lack the methods and members that are used here."""
 
-_Beam: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
-"""Ordinals and scores, both ``(n, width)``, of the cells kept on one level."""
+_Pointer: TypeAlias = Any
+"""The address of an array, as FAISS's C interface takes it."""
 
 _GPU_SELECTION_LIMIT = 2048
 """The largest k and nprobe of FAISS's GPU kernels."""
@@ -69,6 +69,19 @@ _PART_SIZES = (4, 128)
 _QUERY_BLOCK = 256
 _LEAF_BLOCK = 65_536
 """Exact search holds at most ``_QUERY_BLOCK * _LEAF_BLOCK`` scores (64 MiB) at a time."""
+
+
+class _Cells:
+    """The ``k`` best cells of a level for each of ``n`` queries, as arrays that FAISS fills, and where they lie."""
+
+    __slots__ = ("k", "ordinals", "ordinals_pointer", "scores", "scores_pointer")
+
+    def __init__(self, n: int, k: int) -> None:
+        self.k = k
+        self.ordinals = np.empty((n, k), np.int64)
+        self.scores = np.empty((n, k), np.float32)
+        self.ordinals_pointer = faiss.swig_ptr(self.ordinals)
+        self.scores_pointer = faiss.swig_ptr(self.scores)
 
 
 @dataclass(frozen=True)
@@ -304,49 +317,54 @@ class HierarchicalIndex:
         reachable: int,
     ) -> LeafHits:
         """Search some of the queries of a batch on the calling thread alone."""
-        with _one_openmp_thread():
-            beam: _Beam | None = None
-            for level in range(self.level_count - 1):
-                beam = self._search_level(indexes, level, embeddings, min(width, self.cell_counts[level]), beam)
+        n, leaf_level = len(embeddings), self.level_count - 1
+        queries = faiss.swig_ptr(embeddings)
+        openmp_threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # the calling thread's own setting, put back below
+        try:
+            beam: _Cells | None = None
+            for level in range(leaf_level):
+                k = min(width, self.cell_counts[level])
+                beam = self._search_level(indexes, level, n, queries, k=k, beam=beam)
             # FAISS cuts and orders equal scores as its heap pleases: look past the cut until it is not through a tie.
             limit = min(reachable, self._selection_limit or reachable)
             fetched = min(hits + 1, limit)
             while True:
-                ordinals, scores = self._search_level(indexes, self.level_count - 1, embeddings, fetched, beam)
-                tied_at_cut = (scores[:, hits - 1] == scores[:, -1]) & (ordinals[:, -1] >= 0)
-                if fetched == limit or not tied_at_cut.any():
-                    return self._leaf_hits(ordinals, scores, hits)
+                leaves = self._search_level(indexes, leaf_level, n, queries, k=fetched, beam=beam)
+                if not _order_ties(leaves, hits) or fetched == limit:
+                    return self._leaf_hits(leaves, hits)
                 fetched = min(2 * fetched, limit)
+        finally:
+            faiss.omp_set_num_threads(openmp_threads)
 
     def _search_level(
-        self,
-        indexes: tuple[_FaissIndex, ...],
-        level: int,
-        embeddings: NDArray[np.float32],
-        k: int,
-        beam: _Beam | None,
-    ) -> _Beam:
-        """The ``k`` best children of ``beam``, or the ``k`` best cells of the first level."""
-        n = len(embeddings)
-        ordinals = np.empty((n, k), np.int64)
-        scores = np.empty((n, k), np.float32)
-        outputs = (faiss.swig_ptr(scores), faiss.swig_ptr(ordinals))
+        self, indexes: tuple[_FaissIndex, ...], level: int, n: int, queries: _Pointer, *, k: int, beam: _Cells | None
+    ) -> _Cells:
+        """The ``k`` best children of ``beam`` for each of ``n`` queries, or the ``k`` best cells of the first level."""
+        found = _Cells(n, k)
         # The `_c` methods are FAISS's own: its Python wrapper takes nprobe from the index, which is state that threads
         # share, and refuses to be told another.
         if beam is None:
-            indexes[level].search_c(n, faiss.swig_ptr(embeddings), k, *outputs)
-            return ordinals, scores
-        probes = (faiss.swig_ptr(beam[0]), faiss.swig_ptr(beam[1]))
+            indexes[level].search_c(n, queries, k, found.scores_pointer, found.ordinals_pointer)
+            return found
         try:
             indexes[level].search_preassigned_c(
-                n, faiss.swig_ptr(embeddings), k, *probes, *outputs, False, _probing(beam[0].shape[1])
+                n,
+                queries,
+                k,
+                beam.ordinals_pointer,
+                beam.scores_pointer,
+                found.scores_pointer,
+                found.ordinals_pointer,
+                False,
+                _probing(beam.k),
             )
         except RuntimeError as error:
-            worst = int(beam[0].max())
+            worst = int(beam.ordinals.max())
             if worst < self.cell_counts[level - 1]:
                 raise
             raise self._id_out_of_range(level - 1, worst) from error
-        return ordinals, scores
+        return found
 
     def _own_threads(self) -> ThreadPoolExecutor | None:
         """The pool of this process: a forked one inherits its parent's pool without the threads, and would wait."""
@@ -355,22 +373,18 @@ class HierarchicalIndex:
             self._threads_process = os.getpid()
         return self._threads
 
-    def _leaf_hits(self, ordinals: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> LeafHits:
-        """The first ``k`` of what FAISS found, with ties ordered and missing hits marked."""
-        if (ordinals[:, -1] < 0).any():
+    def _leaf_hits(self, leaves: _Cells, k: int) -> LeafHits:
+        """The first ``k`` of what FAISS found, with missing hits marked."""
+        ordinals, scores = leaves.ordinals, leaves.scores
+        # One pass for both: -1, a missing hit, is the largest number without a sign.
+        if int(ordinals.view(np.uint64).max()) >= self.cell_counts[-1]:
+            worst = int(ordinals.max())
+            if worst >= self.cell_counts[-1]:
+                raise self._id_out_of_range(self.level_count - 1, worst)
             scores[ordinals < 0] = -np.inf
-        tied = (scores[:, 1:] == scores[:, :-1]).any(axis=1)
-        if tied.any():
-            rows = np.flatnonzero(tied)
-            order = np.lexsort((ordinals[rows], -scores[rows]), axis=1)
-            ordinals[rows] = np.take_along_axis(ordinals[rows], order, axis=1)
-            scores[rows] = np.take_along_axis(scores[rows], order, axis=1)
-        if ordinals.shape[1] > k:
-            ordinals, scores = np.ascontiguousarray(ordinals[:, :k]), np.ascontiguousarray(scores[:, :k])
-        worst = int(ordinals.max())
-        if worst >= self.cell_counts[-1]:
-            raise self._id_out_of_range(self.level_count - 1, worst)
-        return LeafHits(ordinals, scores)
+        if leaves.k == k:
+            return LeafHits(ordinals, scores)
+        return LeafHits(np.ascontiguousarray(ordinals[:, :k]), np.ascontiguousarray(scores[:, :k]))
 
     def _leaves(self) -> torch.Tensor:
         with self._leaf_matrix_lock:
@@ -448,15 +462,17 @@ def _probing(list_count: int) -> faiss.SearchParametersIVF:
     return parameters
 
 
-@contextlib.contextmanager
-def _one_openmp_thread() -> Iterator[None]:
-    """Keep FAISS on the calling thread; the setting is the thread's own, and is put back."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+def _order_ties(leaves: _Cells, k: int) -> bool:
+    """Order equal scores by ordinal, and tell whether the ``k``-th of a query equals the last that was fetched."""
+    ordinals, scores = leaves.ordinals, leaves.scores
+    tied = scores[:, 1:] == scores[:, :-1]
+    if not tied.any():
+        return False
+    rows = np.flatnonzero(tied.any(axis=1))
+    order = np.lexsort((ordinals[rows], -scores[rows]), axis=1)
+    ordinals[rows] = np.take_along_axis(ordinals[rows], order, axis=1)
+    scores[rows] = np.take_along_axis(scores[rows], order, axis=1)
+    return bool(((scores[:, k - 1] == scores[:, -1]) & (ordinals[:, -1] >= 0)).any())
 
 
 def _parse_device(device: str) -> int | None:

@@ -265,9 +265,12 @@ async def test_an_asynchronous_stream_outlasts_it_too_and_ends_at_its_timeout(bu
         assert [type(answer) for answer in answers] == [Location] * 20
 
 
-def test_a_timeout_of_nothing_is_not_the_default(client: Client) -> None:
-    with pytest.raises(DeadlineExceededError):
-        client.get_info(timeout_seconds=0)
+@pytest.mark.parametrize("timeout", [0, -1])
+def test_a_timeout_of_nothing_is_not_the_default(client: Client, timeout: float) -> None:
+    with pytest.raises(DeadlineExceededError, match="did not answer within"):
+        client.get_info(timeout_seconds=timeout)
+    with pytest.raises(DeadlineExceededError, match="did not answer within"):
+        client.locate_embedding(embedding(0), timeout_seconds=timeout)
 
 
 def test_a_server_that_comes_up_late_is_waited_for(bundle: Path) -> None:
