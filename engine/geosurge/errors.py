@@ -1,6 +1,6 @@
 """Every error that the engine raises on purpose.
 
-The tree has four groups, and each class carries what every caller needs to act on it:
+The tree has five groups, and each class carries what every caller needs to act on it:
 
 - ``grpc_code``: the name of the gRPC status code a server answers with;
 - ``reason``: a stable, machine-readable string (``google.rpc.ErrorInfo.reason`` on the wire, ``error.reason`` in JSON);
@@ -11,6 +11,7 @@ The tree has four groups, and each class carries what every caller needs to act 
 | `InputError` | one input cannot be answered; the next one can | 1 |
 | `UsageError` | a setting, a flag or a recipe is wrong | 2 |
 | `BundleError` | an index bundle or store cannot be used | 3 |
+| `VersionError` | an index version cannot be loaded, activated or unloaded as asked | 3 |
 | `ServiceError` | the engine is busy, stopping or unreachable | 3 |
 
 The message always says what is wrong, with which input, and what to do.
@@ -239,6 +240,39 @@ class EncoderError(GeoSurgeError):
     exit_code = 3
 
 
+class VersionError(GeoSurgeError):
+    """The versions that a server has loaded cannot be changed as asked; they stay as they are."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "VERSION_INVALID"
+    exit_code = 3
+
+
+class VersionInUseError(VersionError):
+    """The version is the active one or the canary, and cannot be unloaded."""
+
+    reason = "VERSION_IN_USE"
+
+
+class VersionNotLoadedError(VersionError):
+    """The version is not in memory."""
+
+    reason = "VERSION_NOT_LOADED"
+
+
+class VersionDoesNotFitError(VersionError):
+    """There is no room to load another version."""
+
+    reason = "VERSION_DOES_NOT_FIT"
+
+
+class LoadSupersededError(VersionError):
+    """A load gave up because a newer request wants something else."""
+
+    grpc_code = "ABORTED"
+    reason = "LOAD_SUPERSEDED"
+
+
 class ServiceError(GeoSurgeError):
     """The engine cannot take the request now."""
 
@@ -256,6 +290,24 @@ class OverloadedError(ServiceError):
     def __init__(self, message: str = "", *, retry_after_seconds: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class PeerOverloadedError(OverloadedError):
+    """One caller holds as many permits as one may; others are served."""
+
+    reason = "PEER_OVERLOADED"
+
+
+class NoActiveVersionError(ServiceError):
+    """No index version is active: the server is exchanging one for another that does not fit beside it."""
+
+    reason = "NO_ACTIVE_VERSION"
+
+
+class StreamLimitError(ServiceError):
+    """The stream has had as many items as one may; another stream takes the rest."""
+
+    reason = "STREAM_LIMIT"
 
 
 class MessageTooLargeError(ServiceError):
