@@ -8,7 +8,7 @@
 `Client` blocks, `AsyncClient` is awaited; they have the same methods. A failed call raises the class of
 `geosurge.errors` that the server meant. A call is repeated only when the server was unreachable or stopping
 (UNAVAILABLE), with growing pauses, and never beyond its timeout: all calls only read, so repeating one is harmless.
-Connections are not encrypted.
+What a `Connection` says about TLS and tokens goes for every call.
 
 Importing this module loads neither torch nor FAISS.
 """
@@ -35,14 +35,23 @@ import numpy as np
 from google.rpc import status_pb2
 from numpy.typing import NDArray
 
+from geosurge.connection import (
+    Connection,
+    explain_unavailable,
+    is_refused_handshake,
+    open_async_channel,
+    open_channel,
+)
 from geosurge.description import Cell, ServerInfo
 from geosurge.errors import (
+    CredentialsMissingError,
     DeadlineExceededError,
     EmbeddingInvalidError,
     GeoSurgeError,
     ImageFormatUnsupportedError,
     ImageTooLargeError,
     InputNotReadableError,
+    PermissionDeniedError,
     ServiceError,
 )
 from geosurge.feeds import AsyncFeed, Entry, Feed
@@ -69,15 +78,6 @@ DEFAULT_TIMEOUT_SECONDS: Final = 30.0
 
 _LARGEST_IMAGE_BYTES: Final = 500_000_000
 """No server can be set to accept more, and protobuf itself ends at two gigabytes."""
-
-_CHANNEL_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # A server that restarts should be found again sooner than by the default of up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 5000),
-)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,12 @@ class Client:
     """A blocking client; safe to use from many threads at once. Open it after a fork, not before."""
 
     def __init__(
-        self, address: str, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, retry: RetryPolicy | None = None
+        self,
+        address: str,
+        *,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        retry: RetryPolicy | None = None,
+        connection: Connection | None = None,
     ) -> None:
         """Prepares a connection, which is made by the first call.
 
@@ -117,11 +122,16 @@ class Client:
             address: ``host:port`` of the server.
             timeout_seconds: Time that a call may take, with its retries.
             retry: When calls are repeated.
+            connection: Encryption and credentials; ``None`` is plain text without a token.
+
+        Raises:
+            ConfigurationError: A certificate, key or token cannot be used.
         """
         self.address = address
         self._timeout_seconds = timeout_seconds
         self._retry = retry or RetryPolicy()
-        self._channel = grpc.insecure_channel(address, options=_channel_options(address))
+        self._connection = connection or Connection()
+        self._channel = open_channel(address, self._connection)
         self._geolocation: Any = geolocation_pb2_grpc.GeolocationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._cells: Any = cell_pb2_grpc.CellServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -250,9 +260,8 @@ class Client:
         return tuple(message_to_cell(cell, response.index_version) for cell in response.cells)
 
     def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:  # noqa: ANN401
-        attempts = _Attempts(
-            self.address, self._retry, self._timeout_seconds if timeout_seconds is None else timeout_seconds
-        )
+        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        attempts = _Attempts(self.address, self._connection, self._retry, timeout)
         while True:
             try:
                 return method(request, timeout=attempts.remaining_seconds)
@@ -263,7 +272,7 @@ class Client:
     def _answers(
         self, feed: Feed[Query, geolocation_pb2.LocateStreamRequest], timeout: float
     ) -> Iterator[Location | GeoSurgeError]:
-        attempts = _Attempts(self.address, self._retry, timeout)
+        attempts = _Attempts(self.address, self._connection, self._retry, timeout)
         stream: _Stream | None = None
         try:
             while (entry := feed.head()) is not None:
@@ -290,13 +299,19 @@ class AsyncClient:
     """The client for asyncio; belongs to the event loop that it was made on. See `Client` for what methods raise."""
 
     def __init__(
-        self, address: str, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, retry: RetryPolicy | None = None
+        self,
+        address: str,
+        *,
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        retry: RetryPolicy | None = None,
+        connection: Connection | None = None,
     ) -> None:
         """As `Client`."""
         self.address = address
         self._timeout_seconds = timeout_seconds
         self._retry = retry or RetryPolicy()
-        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(address))
+        self._connection = connection or Connection()
+        self._channel = open_async_channel(address, self._connection)
         self._geolocation: Any = geolocation_pb2_grpc.GeolocationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._cells: Any = cell_pb2_grpc.CellServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -349,7 +364,7 @@ class AsyncClient:
         timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         limit = (await self.get_info(timeout_seconds=timeout)).max_image_bytes
         feed = AsyncFeed(queries, lambda query: _entry(query, options, index_version, limit), window)
-        attempts = _Attempts(self.address, self._retry, timeout)
+        attempts = _Attempts(self.address, self._connection, self._retry, timeout)
         stream: Any = None
         try:
             while (entry := await feed.head()) is not None:
@@ -404,9 +419,8 @@ class AsyncClient:
         return tuple(message_to_cell(cell, response.index_version) for cell in response.cells)
 
     async def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:  # noqa: ANN401
-        attempts = _Attempts(
-            self.address, self._retry, self._timeout_seconds if timeout_seconds is None else timeout_seconds
-        )
+        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        attempts = _Attempts(self.address, self._connection, self._retry, timeout)
         while True:
             try:
                 return await method(request, timeout=attempts.remaining_seconds)
@@ -418,11 +432,12 @@ class AsyncClient:
 class _Attempts:
     """The attempts of one call, or those to get one answer out of a stream: how many, and until when."""
 
-    def __init__(self, address: str, policy: RetryPolicy, timeout_seconds: float) -> None:
+    def __init__(self, address: str, connection: Connection, policy: RetryPolicy, timeout_seconds: float) -> None:
         if timeout_seconds <= 0:
             # gRPC would send the call, and an answer can be faster than a deadline that has passed.
             raise DeadlineExceededError(_unanswered(address, timeout_seconds))
         self._address = address
+        self._connection = connection
         self._policy = policy
         self._timeout_seconds = timeout_seconds
         self._failed = 0
@@ -442,11 +457,11 @@ class _Attempts:
             GeoSurgeError: What the failure meant, when there is no next attempt.
         """
         self._failed += 1
-        if failure.code() == grpc.StatusCode.UNAVAILABLE:
+        if failure.code() == grpc.StatusCode.UNAVAILABLE and not is_refused_handshake(failure.details() or ""):
             pause = self._policy.pause_seconds(self._failed, self.remaining_seconds)
             if pause is not None:
                 return pause
-        raise _error_of(failure, self._address, self._timeout_seconds) from failure
+        raise _error_of(failure, self._address, self._connection, self._timeout_seconds) from failure
 
     def succeed(self) -> None:
         """Forgets failures and starts the clock anew for the next answer; only the clock ends the attempts now."""
@@ -513,7 +528,7 @@ def _ended_early() -> ServiceError:
     return ServiceError("the server ended the stream before it had answered everything")
 
 
-def _error_of(failure: grpc.RpcError, address: str, timeout_seconds: float) -> GeoSurgeError:
+def _error_of(failure: grpc.RpcError, address: str, connection: Connection, timeout_seconds: float) -> GeoSurgeError:
     """The engine's error behind a failed call; without the engine's own details, the transport's code decides."""
     trailers: Any = failure.trailing_metadata() or ()
     for key, value in trailers:
@@ -521,11 +536,15 @@ def _error_of(failure: grpc.RpcError, address: str, timeout_seconds: float) -> G
             return status_to_error(status_pb2.Status.FromString(value))
     code, details = failure.code(), failure.details() or ""
     if code == grpc.StatusCode.UNAVAILABLE:
-        details = f"the server at {address} cannot be reached ({details}); check the address and that it is running"
+        details = explain_unavailable(details, address, connection)
     elif code == grpc.StatusCode.DEADLINE_EXCEEDED:
         details = _unanswered(address, timeout_seconds)
     elif code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         details = f"the request is too large for the server at {address} ({details}); send a smaller image"
+    elif code == grpc.StatusCode.UNAUTHENTICATED:
+        return CredentialsMissingError(f"the server at {address} does not accept the credentials ({details})")
+    elif code == grpc.StatusCode.PERMISSION_DENIED:
+        return PermissionDeniedError(f"the server at {address} does not permit the call ({details})")
     return status_to_error(status_pb2.Status(code=code.value[0], message=details))
 
 
@@ -631,9 +650,3 @@ def _too_large(size: int, limit: int) -> ImageTooLargeError:
 def _path_request(latitude_deg: float, longitude_deg: float, index_version: str) -> cell_pb2.GetPathRequest:
     coordinate = cell_pb2.Coordinate(latitude_deg=latitude_deg, longitude_deg=longitude_deg)
     return cell_pb2.GetPathRequest(coordinate=coordinate, index_version=index_version)
-
-
-def _channel_options(address: str) -> list[tuple[str, int]]:
-    local = address.rpartition(":")[0] in {"localhost", "127.0.0.1", "[::1]"}
-    # gRPC would send even loopback connections to the proxy that the environment names.
-    return [*_CHANNEL_OPTIONS, *([("grpc.enable_http_proxy", 0)] if local else [])]

@@ -182,6 +182,32 @@ class ConfigurationError(UsageError):
     reason = "CONFIGURATION_INVALID"
 
 
+class CredentialsMissingError(UsageError):
+    """The server asks for a token and got none that it accepts."""
+
+    grpc_code = "UNAUTHENTICATED"
+    reason = "CREDENTIALS_MISSING"
+
+
+class CredentialsInvalidError(CredentialsMissingError):
+    """The server does not know the token."""
+
+    reason = "CREDENTIALS_INVALID"
+
+
+class CredentialsExpiredError(CredentialsMissingError):
+    """The token was valid once."""
+
+    reason = "CREDENTIALS_EXPIRED"
+
+
+class PermissionDeniedError(UsageError):
+    """The token is valid, but its role may not call the method."""
+
+    grpc_code = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
+
+
 class BundleError(GeoSurgeError):
     """An index bundle cannot be used."""
 
