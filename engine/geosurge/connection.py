@@ -24,9 +24,6 @@ ChannelOptions = Sequence[tuple[str, Any]]
 AUTHORIZATION_KEY: Final = "authorization"
 BEARER: Final = "Bearer"
 
-_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-"""What RFC 6750 lets a bearer token be made of."""
-
 _OPTIONS: Final[ChannelOptions] = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -74,7 +71,7 @@ class Connection:
     def __post_init__(self) -> None:
         if (self.certificate_file is None) != (self.key_file is None):
             raise ConfigurationError("a client certificate and its key come together; give both or neither")
-        if self.token is not None and not _TOKEN.fullmatch(self.token):
+        if self.token is not None and not is_token(self.token):
             raise ConfigurationError(
                 "the token is empty or has characters that a token cannot have (letters, digits and . _ ~ + / - can be "
                 "in one); give the token alone, without its role, quotes or blanks"
@@ -84,6 +81,11 @@ class Connection:
     def encrypted(self) -> bool:
         """Whether TLS is used."""
         return self.tls or self.ca_file is not None or self.certificate_file is not None
+
+
+def is_token(text: str) -> bool:
+    """Whether a text is made of what RFC 6750 lets a bearer token be made of."""
+    return re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", text) is not None
 
 
 def open_channel(address: str, connection: Connection | None = None, options: ChannelOptions = ()) -> grpc.Channel:

@@ -14,13 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from geosurge.errors import ConfigurationError
 from geosurge.store import default_store
 
 ENVIRONMENT_PREFIX: Final = "GEOSURGE_"
+
+TOKENS_VARIABLE: Final = "GEOSURGE_TOKENS"
+"""Where tokens may come from besides `ServerSettings.token_file`. It is no setting: a flag would show in a list of
+processes."""
 
 
 class _Environment(EnvSettingsSource):
@@ -45,12 +49,13 @@ class ServerSettings(BaseSettings):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address to listen on; anything but a loopback address also needs allow_remote.",
+        description="Address to listen on; anything but a loopback address needs TLS with tokens or client "
+        "certificates, or allow_remote.",
     )
     port: int = Field(default=50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     allow_remote: bool = Field(
         default=False,
-        description="Listen on an address that other machines reach. The server itself has neither encryption nor "
+        description="Listen on an address that other machines reach even without TLS, or without asking for "
         "credentials: only for a network, or behind a proxy, that provides them.",
     )
     device: str = Field(
@@ -107,6 +112,19 @@ class ServerSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe messages that are logged."
     )
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM file of the server's certificate and its chain; read again when it changes."
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file of the certificate's private key, not encrypted.")
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file of authorities; clients without a certificate that one of them signed are refused.",
+    )
+    token_file: Path | None = Field(
+        default=None,
+        description="File of the tokens that calls need, a line each: role:token[:last valid day], role one of locate, "
+        "read and admin. Only its owner may be able to read it. GEOSURGE_TOKENS may hold such lines, too.",
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -135,12 +153,39 @@ class ServerSettings(BaseSettings):
         """``host:port``, as gRPC writes it."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @field_validator("tls_certificate", "tls_key", "tls_client_ca", "token_file")
+    @classmethod
+    def _require_readable(cls, path: Path | None) -> Path | None:
+        try:
+            if path is not None:
+                path.open("rb").close()
+        except OSError as error:
+            raise ValueError(f"the file cannot be read ({error.strerror})") from error
+        return path
+
+    @model_validator(mode="after")
+    def _require_whole_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key come together; give both or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs TLS; give --tls-certificate and --tls-key, too")
+        return self
+
     @model_validator(mode="after")
     def _refuse_unprotected_exposure(self) -> Self:
-        if not self.allow_remote and not is_loopback(self.host):
+        if self.allow_remote or is_loopback(self.host):
+            return self
+        if self.tls_certificate is None:
             raise ValueError(
-                f"host {self.host!r} can be reached from other machines, but the server has neither encryption nor "
-                "credentials; listen on 127.0.0.1, or pass --allow-remote if the network in front of it provides both"
+                f"host {self.host!r} can be reached from other machines, but the server has no encryption; give it a "
+                "certificate (--tls-certificate, --tls-key), listen on 127.0.0.1, or pass --allow-remote if the "
+                "network in front of it encrypts and asks for credentials"
+            )
+        if self.tls_client_ca is None and self.token_file is None and TOKENS_VARIABLE not in os.environ:
+            raise ValueError(
+                f"host {self.host!r} can be reached from other machines, and anybody could call the server; ask for "
+                f"tokens (--token-file, {TOKENS_VARIABLE}) or client certificates (--tls-client-ca), listen on "
+                "127.0.0.1, or pass --allow-remote if the network in front of it asks for credentials"
             )
         return self
 
@@ -176,8 +221,8 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
 
     They are not refused: a cluster may put variables of this prefix into every process.
     """
-    # The command reads GEOSURGE_DEBUG itself.
-    known = {name.upper() for name in ServerSettings.model_fields} | {"DEBUG"}
+    # The command reads GEOSURGE_DEBUG and GEOSURGE_TOKEN itself.
+    known = {name.upper() for name in ServerSettings.model_fields} | {"DEBUG", "TOKEN", "TOKENS"}
     found: dict[str, str | None] = {}
     for variable in environment:
         name = variable.upper().removeprefix(ENVIRONMENT_PREFIX)
@@ -222,7 +267,8 @@ def _describe(problem: Any, sources: Mapping[str, Mapping[str, Any]], config_fil
     if problem["type"] == "extra_forbidden":
         closest = _closest(name, list(ServerSettings.model_fields))
         return f"{where}: there is no such setting" + (f"; did you mean {closest}?" if closest else "")
-    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    value = str(problem["input"]) if isinstance(problem["input"], Path) else problem["input"]
+    return f"{where} is {value!r}: {message[0].lower()}{message[1:]}"
 
 
 def _closest(name: str, known: list[str]) -> str | None:
