@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Final, Optional
 
 import typer
 from rich.console import Console, RenderableType
@@ -24,11 +24,22 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from geosurge import __version__
+from geosurge.connection_options import (
+    TlsCaOption,
+    TlsCertificateOption,
+    TlsKeyOption,
+    TlsOption,
+    TokenFileOption,
+    make_connection,
+)
 from geosurge.errors import BundleError, EncoderMissingError, GeoSurgeError, InputError, UsageError
 from geosurge.index_commands import index_app
 from geosurge.location import LocateOptions, Location
 from geosurge.settings import ServerSettings, load_settings
 from geosurge.store import default_store, resolve_bundle
+
+if TYPE_CHECKING:
+    from geosurge.connection import Connection
 
 MAX_TOP_K: Final = 100
 MAX_BEAM_WIDTH: Final = 2048
@@ -158,6 +169,11 @@ def locate(
         float | None,
         typer.Option(min=0.001, metavar="SECONDS", help="Time that a server has for its next answer; 30 by default."),
     ] = None,
+    tls_ca: TlsCaOption = None,
+    tls: TlsOption = False,
+    tls_certificate: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Says where images were taken.
 
@@ -170,6 +186,9 @@ def locate(
         raise UsageError("--server has its own index and device; leave out --index and --device, or --server")
     if server is None and timeout is not None:
         raise UsageError("--timeout is for the answers of a server; name one with --server, or leave it out")
+    connection = make_connection(
+        server, tls_ca=tls_ca, tls=tls, tls_certificate=tls_certificate, tls_key=tls_key, token_file=token_file
+    )
     if images.count("-") > 1:
         raise UsageError("- is given more than once, but standard input can be read only once")
     options = LocateOptions(
@@ -184,7 +203,7 @@ def locate(
     if server is None:
         answers = _ask_index(queries, options, index or default_store(), device or "cpu")
     else:
-        answers = _ask_server(queries, options, server, timeout)
+        answers = _ask_server(queries, options, server, timeout, connection)
     # Names of files need not be text; what is printed has to be.
     names = [os.fsencode(image).decode("utf-8", "replace") for image in images]
     rows = zip(names, answers, strict=True)
@@ -314,11 +333,15 @@ def _ask_index(
 
 
 def _ask_server(
-    queries: Sequence[str | bytes], options: LocateOptions, address: str, timeout: float | None
+    queries: Sequence[str | bytes],
+    options: LocateOptions,
+    address: str,
+    timeout: float | None,
+    connection: Connection | None,
 ) -> Iterator[Location | GeoSurgeError]:
     from geosurge.client import DEFAULT_TIMEOUT_SECONDS, Client  # noqa: PLC0415
 
-    with Client(address, timeout_seconds=timeout or DEFAULT_TIMEOUT_SECONDS) as client:
+    with Client(address, timeout_seconds=timeout or DEFAULT_TIMEOUT_SECONDS, connection=connection) as client:
         yield from client.locate_many(queries, options)
 
 

@@ -1,0 +1,98 @@
+"""The options by which commands reach a server through TLS and with a token; the same for every command that has them.
+
+A token itself is never an option, because options show in a list of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from geosurge.errors import ConfigurationError, UsageError
+
+if TYPE_CHECKING:
+    from geosurge.connection import Connection
+
+ENVIRONMENT_VARIABLE: Final = "GEOSURGE_TOKEN"
+
+TlsCaOption = Annotated[
+    Path | None,
+    typer.Option("--tls-ca", metavar="FILE", help="Use TLS with a server that the authority in this PEM file signed."),
+]
+TlsOption = Annotated[
+    bool, typer.Option("--tls", help="Use TLS with a server that an authority which the system trusts signed.")
+]
+TlsCertificateOption = Annotated[
+    Path | None,
+    typer.Option("--tls-certificate", metavar="FILE", help="PEM file of the certificate to show to the server."),
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", metavar="FILE", help="PEM file of that certificate's private key.")
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help=f"File whose first line is the token to send; {ENVIRONMENT_VARIABLE} in the environment by default.",
+    ),
+]
+
+
+def make_connection(
+    server: str | None,
+    *,
+    tls_ca: Path | None,
+    tls: bool,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    token_file: Path | None,
+) -> Connection | None:
+    """What the options, and the token in the environment, say about the connection to a server.
+
+    Args:
+        server: Address of the server; ``None`` when the command asks none.
+        tls_ca: `TlsCaOption`.
+        tls: `TlsOption`.
+        tls_certificate: `TlsCertificateOption`.
+        tls_key: `TlsKeyOption`.
+        token_file: `TokenFileOption`.
+
+    Returns:
+        The connection; ``None`` without a server.
+
+    Raises:
+        UsageError: An option is given without a server.
+        ConfigurationError: The token's file cannot be read or holds none, or a certificate lacks its key.
+    """
+    if server is None:
+        given = {
+            "--tls-ca": tls_ca,
+            "--tls": tls,
+            "--tls-certificate": tls_certificate,
+            "--tls-key": tls_key,
+            "--token-file": token_file,
+        }
+        if names := [name for name, value in given.items() if value]:
+            raise UsageError(f"{', '.join(names)}: for reaching a server; name one with --server, or leave it out")
+        return None
+    # What only looks at files starts without gRPC.
+    from geosurge.connection import Connection  # noqa: PLC0415
+
+    return Connection(
+        ca_file=tls_ca,
+        certificate_file=tls_certificate,
+        key_file=tls_key,
+        token=(os.environ.get(ENVIRONMENT_VARIABLE) or None) if token_file is None else _first_line(token_file),
+        tls=tls,
+    )
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_bytes().partition(b"\n")[0].decode("ascii", "replace").strip()
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the token file {path}: {error.strerror}") from error
