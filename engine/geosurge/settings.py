@@ -112,6 +112,21 @@ class ServerSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe messages that are logged."
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="What log lines look like: text for people, or one JSON object each."
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port for /metrics, /livez and /readyz over HTTP, 0 for a free one; by default there is none.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address that metrics_port listens on. It has neither encryption nor credentials, and nothing of "
+        "what clients ask.",
+    )
     tls_certificate: Path | None = Field(
         default=None, description="PEM file of the server's certificate and its chain; read again when it changes."
     )

@@ -1,6 +1,9 @@
-"""What surrounds every call: errors become statuses, and one line is logged.
+"""What surrounds every call: errors become statuses; the call is counted, traced, and logged as one line.
 
-Logged are the method, status, duration, request id and index version; never what an image showed or where it was.
+All of them say the method, status, duration, request id and index version; never what an image showed or where it was.
+
+A message over the transport's limit is refused by gRPC itself, which tells nobody: a unary call does not get here, and
+a stream's requests end as if there were no more.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -20,12 +23,24 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from geosurge.errors import GeoSurgeError, InputError
+from geosurge.server import tracing
 from geosurge.server.conversions import exception_to_error
+from geosurge.server.metrics import METHODS, OTHER, Metrics
+from geosurge.v1 import geolocation_pb2
 from geosurge.wire import error_to_status
 
 logger = logging.getLogger(__name__)
 
 ENGINE_METHOD_PREFIX: Final = "/geosurge."
+
+_MAX_LOGGED_LENGTH: Final = 200
+"""Characters of what a client chose that are logged."""
+
+_SERVER_FAULTS: Final = ("DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN")
+"""Codes that OpenTelemetry takes for a server's failures, of those that the engine ends calls with."""
+
+_UNSENT: Final = 'Failed "execute_batch"'
+"""How gRPC begins the message of an error that says no more than that the call is over."""
 
 
 @dataclass
@@ -37,6 +52,24 @@ class CallRecord:
     index_version: str = ""
     item_count: int | None = None
     failed_item_count: int = 0
+    metrics: Metrics | None = field(default=None, repr=False)
+
+    def item_failed(self, reason: str) -> None:
+        """Counts an item of this stream that is answered with an error; at once, because a stream may last for days."""
+        self.failed_item_count += 1
+        if self.metrics is not None:
+            self.metrics.item_failed(reason)
+
+    def fields(self) -> dict[str, str | int]:
+        """What a log line and a span say of the call."""
+        fields: dict[str, str | int] = {
+            "method": self.method[:_MAX_LOGGED_LENGTH],
+            "request_id": self.request_id[:_MAX_LOGGED_LENGTH],
+            "index_version": self.index_version,
+        }
+        if self.item_count is not None:
+            fields |= {"items": self.item_count, "failed_items": self.failed_item_count}
+        return fields
 
 
 _current: ContextVar[CallRecord | None] = ContextVar("geosurge_call", default=None)
@@ -57,14 +90,17 @@ class _Malformed:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Guards the engine's methods, and ends streams of the other services when the server stops.
 
-    A health watch or an open reflection stream never ends by itself and would hold up a graceful stop.
+    It stands before other interceptors, so that calls which they refuse are logged and counted too. A health watch or
+    an open reflection stream never ends by itself and would hold up a graceful stop.
 
     Attributes:
         stopping: Set when the server stops accepting calls.
+        metrics: Told of every call to the engine's methods.
     """
 
-    def __init__(self, stopping: asyncio.Event) -> None:
+    def __init__(self, stopping: asyncio.Event, metrics: Metrics | None = None) -> None:
         self.stopping = stopping
+        self.metrics = metrics or Metrics()
 
     async def intercept_service(
         self,
@@ -80,12 +116,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return self._ended_by_stop(handler)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                _guarded_unary(handler.unary_unary, method),
+                _guarded_unary(handler.unary_unary, method, self.metrics),
                 request_deserializer=_tolerant(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         return grpc.stream_stream_rpc_method_handler(
-            _guarded_stream(handler.stream_stream, method),
+            _guarded_stream(handler.stream_stream, method, self.metrics),
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
@@ -128,46 +164,74 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
 
-def _guarded_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str) -> Any:  # noqa: ANN401
+def _guarded_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str, metrics: Metrics) -> Any:  # noqa: ANN401
     async def handle(request: Any, context: Any) -> Any:  # noqa: ANN401
-        async with _guard(method, context):
-            return await behaviour(_checked(request), context)
+        begun_ns = time.time_ns()
+        async with _guard(method, context, metrics):
+            response = await behaviour(_checked(request), context)
+            if isinstance(response, geolocation_pb2.LocateResponse):
+                tracing.record_stages(response.timings, begun_ns=begun_ns)
+            return response
 
     return handle
 
 
-def _guarded_stream(behaviour: Callable[[Any, Any], Awaitable[None]], method: str) -> Any:  # noqa: ANN401
+def _guarded_stream(behaviour: Callable[[Any, Any], Awaitable[None]], method: str, metrics: Metrics) -> Any:  # noqa: ANN401
     async def checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
             yield _checked(request)
 
     async def handle(requests: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
-        async with _guard(method, context):
+        async with _guard(method, context, metrics):
             await behaviour(checked(requests), context)
 
     return handle
 
 
 @asynccontextmanager
-async def _guard(method: str, context: Any) -> AsyncIterator[None]:  # noqa: ANN401
-    """Logs the call inside the ``with`` block and ends it with the status of whatever it raises."""
-    call = CallRecord(method)
+async def _guard(method: str, context: Any, metrics: Metrics) -> AsyncIterator[None]:  # noqa: ANN401
+    """Observes the call inside the ``with`` block and ends it with the status of whatever it raises."""
+    call = CallRecord(method, metrics=metrics)
     token = _current.set(call)
     begun = time.perf_counter()
     code = "OK"
-    try:
-        yield
-    except asyncio.CancelledError:
-        remaining = context.time_remaining()
-        code = "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
-        raise
-    except Exception as exception:  # noqa: BLE001
-        error = exception_to_error(exception)
-        code = error.grpc_code
+    error: GeoSurgeError | None = None
+    with tracing.span(method[1:] if method in METHODS else OTHER, metadata=context.invocation_metadata()):
+        try:
+            yield
+        except asyncio.CancelledError:
+            code = _cancellation_code(context)
+            raise
+        except Exception as exception:
+            if is_lost_call(exception):
+                code = _cancellation_code(context)
+                # gRPC takes any other exception for a failure of the handler.
+                raise asyncio.CancelledError from exception
+            error = exception_to_error(exception)
+            code = error.grpc_code
+            if error.reason != GeoSurgeError.reason:
+                metrics.refused(error.reason)
+        finally:
+            seconds = time.perf_counter() - begun
+            metrics.call_ended(method, code, seconds)
+            fields = {"code": code, "duration_ms": round(1000 * seconds, 1), **call.fields()}
+            logger.log(logging.ERROR if code == "INTERNAL" else logging.INFO, "call", extra=fields)
+            tracing.annotate(_span_attributes(call, code), failed=code in _SERVER_FAULTS)
+            _current.reset(token)
+    if error is not None:
         await _abort(context, error, call.request_id)
-    finally:
-        _log(call, code, 1000 * (time.perf_counter() - begun))
-        _current.reset(token)
+
+
+def is_lost_call(error: BaseException | None) -> bool:
+    """Whether an error says only that the call was over when gRPC tried to send: its client left, or was refused."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_lost_call(part) for part in error.exceptions)
+    return isinstance(error, grpc.aio.InternalError) and str(error).startswith(_UNSENT)
+
+
+def _cancellation_code(context: Any) -> str:  # noqa: ANN401
+    remaining = context.time_remaining()
+    return "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
 
 
 async def _abort(context: Any, error: GeoSurgeError, request_id: str) -> None:  # noqa: ANN401
@@ -176,18 +240,15 @@ async def _abort(context: Any, error: GeoSurgeError, request_id: str) -> None:  
     await context.abort(rich.code, rich.details, rich.trailing_metadata)
 
 
-def _log(call: CallRecord, code: str, duration_ms: float) -> None:
-    items = "" if call.item_count is None else f" items={call.item_count} failed_items={call.failed_item_count}"
-    logger.log(
-        logging.ERROR if code == "INTERNAL" else logging.INFO,
-        "call method=%s code=%s duration_ms=%.1f request_id=%r index_version=%s%s",
-        call.method,
-        code,
-        duration_ms,
-        call.request_id[:200],
-        call.index_version,
-        items,
-    )
+def _span_attributes(call: CallRecord, code: str) -> dict[str, str | int]:
+    """What a log line says, under the names of OpenTelemetry's conventions where it has one."""
+    fields = call.fields()
+    return {
+        "rpc.system.name": "grpc",
+        "rpc.method": fields.pop("method"),
+        "rpc.response.status_code": code,
+        **{f"geosurge.{name}": value for name, value in fields.items()},
+    }
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
