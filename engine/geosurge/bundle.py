@@ -82,6 +82,8 @@ __all__ = [
     "Problem",
     "VerifyReport",
     "check_encoder",
+    "check_encoder_identity",
+    "check_golden_images",
     "check_index",
     "check_listed_files",
     "decode_embedding",
@@ -315,8 +317,30 @@ def check_encoder(bundle: Bundle, encoder: Encoder) -> None:
         BundleEncoderMismatchError: It is another one, or makes other embeddings of the golden images.
         BundleCorruptError: A golden image cannot be read.
     """
-    for problem in _encoder_problems(bundle, encoder):
+    check_encoder_identity(bundle, encoder)
+    check_golden_images(bundle, encoder)
+
+
+def check_encoder_identity(bundle: Bundle, encoder: Encoder) -> None:
+    """Checks that an encoder has the weights and the preprocessing that the bundle records.
+
+    Raises:
+        BundleEncoderMismatchError: It is another one.
+    """
+    for problem in _identity_problems(bundle, encoder):
         raise problem.error
+
+
+def check_golden_images(bundle: Bundle, encoder: Encoder) -> None:
+    """Checks that an encoder makes the recorded embeddings of the bundle's golden images.
+
+    Raises:
+        BundleEncoderMismatchError: It makes others.
+        BundleCorruptError: An image cannot be read.
+    """
+    for image in bundle.manifest.golden_images:
+        for problem in _golden_image_problems(bundle, encoder, image):
+            raise problem.error
 
 
 def record_golden_queries(
@@ -494,7 +518,11 @@ def _load_and_check_encoder(bundle: Bundle, encoder_loader: Callable[[Path], Enc
         encoder = encoder_loader(bundle.encoder_path)
     except EncoderError as error:
         return [Problem(f"{ENCODER_DIRECTORY}/config.json", BundleEncoderMismatchError(str(error)))]
-    return list(_encoder_problems(bundle, encoder))
+    problems = list(_identity_problems(bundle, encoder))
+    if not problems:
+        for image in bundle.manifest.golden_images:
+            problems += _golden_image_problems(bundle, encoder, image)
+    return problems
 
 
 def _index_problems(bundle: Bundle, tree: CellTree, index: HierarchicalIndex) -> Iterator[Problem]:
@@ -587,7 +615,7 @@ def _alike(scores: Sequence[float], others: Sequence[float]) -> bool:
     return bool(np.allclose(scores, others, rtol=_SCORE_RELATIVE_TOLERANCE, atol=_SCORE_ABSOLUTE_TOLERANCE))
 
 
-def _encoder_problems(bundle: Bundle, encoder: Encoder) -> Iterator[Problem]:
+def _identity_problems(bundle: Bundle, encoder: Encoder) -> Iterator[Problem]:
     info = bundle.manifest.encoder
     if info is None:
         return
@@ -607,8 +635,6 @@ def _encoder_problems(bundle: Bundle, encoder: Encoder) -> Iterator[Problem]:
                 ),
             )
             return
-    for image in bundle.manifest.golden_images:
-        yield from _golden_image_problems(bundle, encoder, image)
 
 
 def _golden_image_problems(bundle: Bundle, encoder: Encoder, image: GoldenImage) -> Iterator[Problem]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from geosurge.connection_options import (
     TlsKeyOption,
     TlsOption,
     TokenFileOption,
+    check_server,
     make_connection,
 )
 from geosurge.errors import BundleError, EncoderMissingError, GeoSurgeError, InputError, UsageError
@@ -41,9 +41,11 @@ from geosurge.store import default_store, resolve_bundle
 if TYPE_CHECKING:
     from geosurge.connection import Connection
 
+if TYPE_CHECKING:
+    from geosurge.server.app import Server
+
 MAX_TOP_K: Final = 100
 MAX_BEAM_WIDTH: Final = 2048
-MAX_PORT: Final = 65535
 BATCH_SIZE: Final = 32
 """Images located together when no server does it."""
 
@@ -122,13 +124,6 @@ def _common(
     pass
 
 
-def _check_server(address: str | None) -> str | None:
-    parts = re.fullmatch(r"(?:\[[^\[\]/]+\]|[^:/\[\]\s]+):([0-9]{1,5})", address) if address is not None else None
-    if address is not None and (parts is None or not 1 <= int(parts[1]) <= MAX_PORT):
-        raise typer.BadParameter(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051")
-    return address
-
-
 def _check_confidence(level: float) -> float:
     if not 0.0 < level < 1.0:
         raise typer.BadParameter(f"{level} is not greater than 0 and less than 1")
@@ -142,7 +137,7 @@ def locate(
     index: _Index = None,
     server: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", callback=_check_server, help="Ask a running server instead of an index."),
+        typer.Option(metavar="HOST:PORT", callback=check_server, help="Ask a running server instead of an index."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line and nothing else.")] = False,
     top_k: Annotated[int, typer.Option(min=1, max=MAX_TOP_K, help="Alternatives to return.")] = LocateOptions.top_k,
@@ -251,7 +246,12 @@ def serve(
     resolve_bundle(settings.index)  # A wrong path is told before PyTorch is loaded.
     from geosurge.server.app import serve as run  # noqa: PLC0415
 
-    run(settings, on_ready=lambda address: typer.echo(f"serving {settings.index} on {address}", err=True))
+    def announce(server: Server) -> None:
+        extras = {"administration": server.admin_address, "monitoring": server.metrics_address}
+        named = [f", {name} on {address}" for name, address in extras.items() if address not in ("", server.address)]
+        typer.echo(f"serving {settings.index} on {server.address}{''.join(named)}", err=True)
+
+    run(settings, on_ready=announce)
 
 
 @app.command()

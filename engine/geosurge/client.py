@@ -131,13 +131,13 @@ class Client:
         self._timeout_seconds = timeout_seconds
         self._retry = retry or RetryPolicy()
         self._connection = connection or Connection()
-        self._channel = open_channel(address, self._connection)
-        self._geolocation: Any = geolocation_pb2_grpc.GeolocationServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._cells: Any = cell_pb2_grpc.CellServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.channel = open_channel(address, self._connection)
+        self._geolocation: Any = geolocation_pb2_grpc.GeolocationServiceStub(self.channel)  # type: ignore[no-untyped-call]
+        self._cells: Any = cell_pb2_grpc.CellServiceStub(self.channel)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Ends the connection and every call on it."""
-        self._channel.close()
+        self.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -170,7 +170,7 @@ class Client:
             ServiceError: The server cannot be reached.
         """
         request = _locate_request(_encoded(image), options, index_version)
-        return response_to_location(self._call(self._geolocation.Locate, request, timeout_seconds))
+        return response_to_location(self.call(self._geolocation.Locate, request, timeout_seconds))
 
     def locate_embedding(
         self,
@@ -182,7 +182,7 @@ class Client:
     ) -> Location:
         """Locates an embedding (d,) that the server's own encoder made of an image; otherwise as `locate`."""
         request = _locate_request(_embedding(embedding), options, index_version)
-        return response_to_location(self._call(self._geolocation.Locate, request, timeout_seconds))
+        return response_to_location(self.call(self._geolocation.Locate, request, timeout_seconds))
 
     def locate_many(
         self,
@@ -222,7 +222,7 @@ class Client:
 
     def get_info(self, *, timeout_seconds: float | None = None) -> ServerInfo:
         """Describes the server: limits, active index version, what it can locate."""
-        return message_to_info(self._call(self._geolocation.GetInfo, geolocation_pb2.GetInfoRequest(), timeout_seconds))
+        return message_to_info(self.call(self._geolocation.GetInfo, geolocation_pb2.GetInfoRequest(), timeout_seconds))
 
     def cell(self, token: str, level: int | None = None, *, index_version: str = "") -> Cell:
         """Reads a cell; without a level the coarsest one of this token.
@@ -232,7 +232,7 @@ class Client:
             LevelOutOfRangeError: The index has no such level.
         """
         request = cell_pb2.GetCellRequest(token=token, level=level, index_version=index_version)
-        response = self._call(self._cells.GetCell, request, None)
+        response = self.call(self._cells.GetCell, request, None)
         return message_to_cell(response.cell, response.index_version)
 
     def children(self, token: str = "", level: int | None = None, *, index_version: str = "") -> Iterator[Cell]:
@@ -244,7 +244,7 @@ class Client:
         """
         request = cell_pb2.ListChildrenRequest(token=token, level=level, index_version=index_version)
         while True:
-            response = self._call(self._cells.ListChildren, request, None)
+            response = self.call(self._cells.ListChildren, request, None)
             yield from (message_to_cell(cell, response.index_version) for cell in response.cells)
             if not response.next_page_token:
                 return
@@ -256,10 +256,15 @@ class Client:
         Raises:
             CoordinateOutOfRangeError: The coordinate is not on the globe.
         """
-        response = self._call(self._cells.GetPath, _path_request(latitude_deg, longitude_deg, index_version), None)
+        response = self.call(self._cells.GetPath, _path_request(latitude_deg, longitude_deg, index_version), None)
         return tuple(message_to_cell(cell, response.index_version) for cell in response.cells)
 
-    def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:  # noqa: ANN401
+    def call(self, method: Any, request: Any, timeout_seconds: float | None = None) -> Any:  # noqa: ANN401
+        """Calls a unary method of a stub on `channel` with the client's timeout and retries.
+
+        Raises:
+            GeoSurgeError: What the server refused it with, or why it cannot be reached.
+        """
         timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         attempts = _Attempts(self.address, self._connection, self._retry, timeout)
         while True:

@@ -5,9 +5,13 @@ A token itself is never an option, because options show in a list of processes.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -16,6 +20,7 @@ from geosurge.errors import ConfigurationError, UsageError
 if TYPE_CHECKING:
     from geosurge.connection import Connection
 
+MAX_PORT: Final = 65535
 ENVIRONMENT_VARIABLE: Final = "GEOSURGE_TOKEN"
 
 TlsCaOption = Annotated[
@@ -40,6 +45,14 @@ TokenFileOption = Annotated[
         help=f"File whose first line is the token to send; {ENVIRONMENT_VARIABLE} in the environment by default.",
     ),
 ]
+
+
+def check_server(address: str | None) -> str | None:
+    """Checks the form of ``HOST:PORT``, for typer."""
+    parts = re.fullmatch(r"(?:\[[^\[\]/]+\]|[^:/\[\]\s]+):([0-9]{1,5})", address) if address is not None else None
+    if address is not None and (parts is None or not 1 <= int(parts[1]) <= MAX_PORT):
+        raise typer.BadParameter(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051")
+    return address
 
 
 def make_connection(
@@ -89,6 +102,31 @@ def make_connection(
         token=(os.environ.get(ENVIRONMENT_VARIABLE) or None) if token_file is None else _first_line(token_file),
         tls=tls,
     )
+
+
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that takes ``server`` and ``connection`` the options of this module in place of the latter."""
+    options: dict[str, tuple[object, object]] = {
+        "tls_ca": (TlsCaOption, None),
+        "tls": (TlsOption, False),
+        "tls_certificate": (TlsCertificateOption, None),
+        "tls_key": (TlsKeyOption, None),
+        "token_file": (TokenFileOption, None),
+    }
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:  # noqa: ANN401
+        given = {name: arguments.pop(name) for name in options}
+        command(**arguments, connection=lambda: make_connection(arguments["server"], **given))
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [value for name, value in signature.parameters.items() if name != "connection"]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in options.items()
+    ]
+    run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return run
 
 
 def _first_line(path: Path) -> str:

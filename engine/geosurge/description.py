@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from geosurge.errors import GeoSurgeError
 from geosurge.location import Place
 
 
@@ -92,3 +93,34 @@ class ServerInfo:
     max_batch_size: int
     max_concurrent_requests: int
     default_beam_width: int
+
+
+@dataclass(frozen=True)
+class IndexVersion:
+    """One index version, as a server sees it.
+
+    Attributes:
+        name: Name of the bundle.
+        state: ``loading``, ``ready``, ``active``, ``draining``, ``unloaded`` or ``failed``.
+        failure: Why it could not be loaded, or what is wrong with it in the store.
+        load_step: What a load is doing.
+        load_progress: How far it is, 0 to 1.
+        request_count: Requests that are being answered from it.
+        memory_bytes: Estimate of what it takes.
+        canary_share: Share of the traffic that it gets as a canary.
+        state_time: When it got into its state.
+        create_time: When the bundle was built.
+        encoder_sha256: Its encoder.
+    """
+
+    name: str
+    state: str
+    failure: GeoSurgeError | None
+    load_step: str
+    load_progress: float
+    request_count: int
+    memory_bytes: int
+    canary_share: float
+    state_time: datetime | None
+    create_time: datetime | None
+    encoder_sha256: str

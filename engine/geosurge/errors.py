@@ -330,6 +330,13 @@ class NoActiveVersionError(ServiceError):
     reason = "NO_ACTIVE_VERSION"
 
 
+class StageCrashedError(ServiceError):
+    """A thread that every request needs has ended; the server stops, to be started again."""
+
+    grpc_code = "INTERNAL"
+    reason = "STAGE_CRASHED"
+
+
 class StreamLimitError(ServiceError):
     """The stream has had as many items as one may; another stream takes the rest."""
 

@@ -1,4 +1,6 @@
-"""``geosurge index``: look at bundles and stores, and change which bundle is active.
+"""``geosurge index``: look at bundles and stores, and change which bundle is active, here or on a running server.
+
+With ``--server HOST:PORT`` the versions of a server are meant instead of a store.
 
 With ``--json`` a command prints one JSON object on standard output and nothing else; a failed one prints
 ``{"error": {"reason", "message"}}``. Exit codes: 0 done, 2 wrong usage, 3 a bundle or store cannot be used, which
@@ -8,11 +10,13 @@ includes a bundle that does not verify.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 from rich.console import Console
@@ -21,7 +25,15 @@ from rich.table import Table
 
 from geosurge import store as stores
 from geosurge.bundle import Bundle, open_bundle, verify_bundle
-from geosurge.errors import GeoSurgeError, StoreError
+from geosurge.connection_options import check_server, with_connection
+from geosurge.errors import GeoSurgeError, StoreError, UsageError
+
+if TYPE_CHECKING:
+    from geosurge.connection import Connection
+    from geosurge.description import IndexVersion
+    from geosurge.index_client import IndexClient
+
+POLL_SECONDS: Final = 0.2
 
 index_app = typer.Typer(
     name="index",
@@ -35,6 +47,19 @@ _Store = Annotated[
     Path | None,
     typer.Option("--store", help="Directory of the store; GEOSURGE_INDEX, or the indexes/ folder, by default."),
 ]
+_Server = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        callback=check_server,
+        help="Address of a running server's IndexService, instead of a store.",
+    ),
+]
+_RequiredServer = Annotated[
+    str, typer.Option(metavar="HOST:PORT", callback=check_server, help="Address of the server's IndexService.")
+]
+_Version = Annotated[str, typer.Argument(help="Name of the version.")]
+_Connect: TypeAlias = Callable[[], "Connection | None"]
 _BundleOrStore = Annotated[
     Path | None,
     typer.Argument(help="A bundle, or a store whose active bundle is meant.", metavar="[BUNDLE|STORE]"),
@@ -42,9 +67,22 @@ _BundleOrStore = Annotated[
 
 
 @index_app.command("list")
-def list_command(store: _Store = None, as_json: _JsonFlag = False) -> None:
-    """Lists the bundles of a store and says which one is active and which cannot be used."""
+@with_connection
+def list_command(
+    *, store: _Store = None, server: _Server = None, as_json: _JsonFlag = False, connection: _Connect
+) -> None:
+    """Lists bundles: which one is active and which cannot be used; of a server, also which are loaded."""
     with _reported(as_json=as_json):
+        if server is not None:
+            _refuse_store(store)
+            with _client(server, connection) as client:
+                versions = client.versions()
+            if as_json:
+                _print_json({"server": server, "versions": [_version_fields(version) for version in versions]})
+            else:
+                Console().print(_version_table(server, versions))
+            return
+        connection()
         path = store or stores.default_store()
         entries = stores.list_bundles(path)
         if as_json:
@@ -124,27 +162,97 @@ def publish(
 
 
 @index_app.command()
+@with_connection
 def activate(
     name: Annotated[str, typer.Argument(help="Name of the bundle in the store.")],
+    *,
     store: _Store = None,
+    server: _Server = None,
+    unload_first: Annotated[
+        bool,
+        typer.Option("--unload-first", help="Let the server refuse traffic while both do not fit into its memory."),
+    ] = False,
     as_json: _JsonFlag = False,
+    connection: _Connect,
 ) -> None:
-    """Makes a bundle the active one; a server takes it up when it is told to or started anew."""
+    """Makes a bundle the active one.
+
+    Of a store: a server takes it up when it starts, or at once on SIGHUP. Of a server: it is loaded and checked beside
+    the active one, which serves until the new one does; a bundle that cannot be used changes nothing.
+    """
     with _reported(as_json=as_json):
+        if server is not None:
+            _refuse_store(store)
+            with _client(server, connection) as client:
+                _print_version(server, client.activate(name, unload_first=unload_first), "activated", as_json=as_json)
+            return
+        connection()
+        if unload_first:
+            raise UsageError("--unload-first is about a server's memory; name one with --server, or leave it out")
         path = store or stores.default_store()
         stores.activate(path, name)
         _print_done({"store": str(path), "name": name, "active": True}, f"activated {name} in {path}", as_json=as_json)
 
 
 @index_app.command()
-def rollback(store: _Store = None, as_json: _JsonFlag = False) -> None:
+@with_connection
+def rollback(*, store: _Store = None, server: _Server = None, as_json: _JsonFlag = False, connection: _Connect) -> None:
     """Goes back to the bundle that was active before; again, and it goes back further."""
     with _reported(as_json=as_json):
+        if server is not None:
+            _refuse_store(store)
+            with _client(server, connection) as client:
+                _print_version(server, client.rollback(), "went back to", as_json=as_json)
+            return
+        connection()
         path = store or stores.default_store()
         name = stores.rollback(path)
         _print_done(
             {"store": str(path), "name": name, "active": True}, f"went back to {name} in {path}", as_json=as_json
         )
+
+
+@index_app.command()
+@with_connection
+def load(name: _Version, *, server: _RequiredServer, as_json: _JsonFlag = False, connection: _Connect) -> None:
+    """Has a server load a version beside the active one, so that requests can name it; waits until it is ready."""
+    with _reported(as_json=as_json), _client(server, connection) as client:
+        version = client.load(name)
+        with Console(stderr=True).status("") as status:
+            while version.state == "loading":
+                status.update(f"{escape(name)}: {version.load_step}, {version.load_progress:.0%}")
+                time.sleep(POLL_SECONDS)
+                version = client.version(name)
+        if version.failure is not None:
+            raise version.failure
+        _print_version(server, version, "loaded", as_json=as_json)
+
+
+@index_app.command()
+@with_connection
+def unload(name: _Version, *, server: _RequiredServer, as_json: _JsonFlag = False, connection: _Connect) -> None:
+    """Has a server free a version that is neither active nor the canary."""
+    with _reported(as_json=as_json), _client(server, connection) as client:
+        _print_version(server, client.unload(name), "unloaded", as_json=as_json)
+
+
+@index_app.command()
+@with_connection
+def canary(
+    name: Annotated[str, typer.Argument(help="Name of a loaded version.")],
+    share: Annotated[float, typer.Argument(min=0.0, max=1.0, help="Share of the requests, 0 to 1; 0 ends it.")],
+    *,
+    server: _RequiredServer,
+    as_json: _JsonFlag = False,
+    connection: _Connect,
+) -> None:
+    """Sends a share of a server's traffic to a second version; which requests depends on their ids alone."""
+    with _reported(as_json=as_json), _client(server, connection) as client:
+        version = client.set_canary(name if share else "", share)
+        if version is not None:
+            _print_version(server, version, f"{share:.1%} of the requests go to", as_json=as_json)
+        else:
+            _print_done({"server": server, "canary": None}, f"no canary on {server}", as_json=as_json)
 
 
 @contextlib.contextmanager
@@ -160,6 +268,53 @@ def _reported(*, as_json: bool) -> Iterator[None]:
         else:
             Console(stderr=True).print(f"[red]error[/red]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(error.exit_code) from caught
+
+
+def _client(server: str, connection: _Connect) -> IndexClient:
+    # What only looks at files starts without gRPC.
+    from geosurge.index_client import IndexClient  # noqa: PLC0415
+
+    return IndexClient(server, connection=connection())
+
+
+def _refuse_store(store: Path | None) -> None:
+    if store is not None:
+        raise UsageError("--server has its own store; leave out --store, or --server")
+
+
+def _version_fields(version: IndexVersion) -> dict[str, Any]:
+    fields = {field.name: getattr(version, field.name) for field in dataclasses.fields(version)}
+    for name in ("state_time", "create_time"):
+        fields[name] = fields[name] and _utc(fields[name])
+    failure = version.failure
+    fields["failure"] = None if failure is None else {"reason": failure.reason, "message": str(failure)}
+    return fields
+
+
+def _version_table(server: str, versions: Sequence[IndexVersion]) -> Table:
+    table = Table(
+        *("version", "state", "canary", "requests", "memory", "created", "problem"),
+        title=f"index versions of {escape(server)}",
+        title_justify="left",
+    )
+    for version in versions:
+        state = version.state
+        if state == "loading":
+            state += f": {version.load_step}, {version.load_progress:.0%}"
+        table.add_row(
+            escape(version.name),
+            escape(state),
+            f"{version.canary_share:.1%}" if version.canary_share else "",
+            str(version.request_count or ""),
+            f"{version.memory_bytes / 1e6:,.0f} MB" if version.memory_bytes else "",
+            _utc(version.create_time) if version.create_time else "",
+            "" if version.failure is None else escape(str(version.failure)),
+        )
+    return table
+
+
+def _print_version(server: str, version: IndexVersion, done: str, *, as_json: bool) -> None:
+    _print_done({"server": server, **_version_fields(version)}, f"{done} {version.name} on {server}", as_json=as_json)
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -74,12 +74,6 @@ class ServerSettings(BaseSettings):
     max_batch_size: int = Field(
         default=32, ge=1, le=4096, description="Most requests that are encoded and searched together."
     )
-    max_concurrent_requests: int = Field(
-        default=256,
-        ge=1,
-        le=100_000,
-        description="Requests worked on or queued at once. A unary call beyond it is refused, a stream waits.",
-    )
     max_stream_window: int = Field(
         default=64,
         ge=1,
@@ -97,6 +91,39 @@ class ServerSettings(BaseSettings):
         le=256,
         description="Threads that decode images; by default one a usable core.",
     )
+    max_concurrent_requests: int = Field(
+        default_factory=lambda sizes: sizes["max_batch_size"] + 2 * sizes["decode_workers"],
+        ge=1,
+        le=100_000,
+        description="Requests worked on or queued at once; by default a batch and two images a decoding thread. A "
+        "unary call beyond it is refused, a stream waits.",
+    )
+    max_requests_per_peer: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Requests of one client address at once; by default all, because a proxy is one address.",
+    )
+    max_stream_items: int = Field(
+        default=1_000_000,
+        ge=1,
+        description="Items that one stream may have; it then ends and the client opens another.",
+    )
+    max_loaded_versions: int = Field(
+        default=2, ge=1, le=64, description="Index versions in memory at once: the active one and others."
+    )
+    scratch: Path | None = Field(
+        default=None,
+        description="Directory for private copies of what is being loaded; by default that for temporary files.",
+    )
+    admin_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port of its own for the IndexService, 0 for a free one. Without it the service is on the main "
+        "port where that is loopback or guarded by tokens, and nowhere else.",
+    )
+    admin_host: str = Field(default="127.0.0.1", min_length=1, description="Address that admin_port listens on.")
     torch_threads: int | None = Field(
         default=None, ge=1, le=256, description="Threads that the encoder computes with; by default PyTorch decides."
     )
@@ -166,7 +193,7 @@ class ServerSettings(BaseSettings):
     @property
     def address(self) -> str:
         """``host:port``, as gRPC writes it."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return join_address(self.host, self.port)
 
     @field_validator("tls_certificate", "tls_key", "tls_client_ca", "token_file")
     @classmethod
@@ -245,6 +272,11 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
             closest = _closest(name, sorted(known))
             found[variable] = closest and ENVIRONMENT_PREFIX + closest
     return found
+
+
+def join_address(host: str, port: int) -> str:
+    """``host:port``, as gRPC writes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:

@@ -146,6 +146,18 @@ def resolve_bundle(path: Path) -> Path:
     raise BundleNotFoundError(f"the store {path} has no active bundle: geosurge index activate NAME --store {path}")
 
 
+def bundle_path(store: Path, name: str) -> Path:
+    """Where a store has a bundle.
+
+    Raises:
+        BundleNotFoundError: It has none of this name.
+    """
+    path = store / name
+    if not _NAME.fullmatch(name) or not path.is_dir():
+        raise BundleNotFoundError(f"the store {store} has no bundle {name!r}; list them: geosurge index list")
+    return path
+
+
 def publish(
     store: Path,
     source: Path,
@@ -215,29 +227,50 @@ def activate(store: Path, name: str) -> None:
     _activate(store, name)
 
 
-def rollback(store: Path) -> str:
+def rollback_target(store: Path) -> str:
+    """The bundle that `rollback` would go back to.
+
+    Raises:
+        StoreError: There is none.
+    """
+    _check_store(store)
+    return _go_back(store)[0]
+
+
+def rollback(store: Path, *, to: str | None = None) -> str:
     """Goes back to the bundle that was active before; calling it again goes back further.
 
     Bundles that are gone or cannot be opened are skipped.
+
+    Args:
+        store: The store.
+        to: What `rollback_target` said, to go back to this one or not at all.
 
     Returns:
         The name of the bundle that is active now.
 
     Raises:
-        StoreError: There is none to go back to; ``CURRENT`` stays as it was.
+        StoreError: There is none to go back to, or it is another one; ``CURRENT`` stays as it was.
     """
     _check_store(store)
     with _locked(store / _ACTIVATE_LOCK):
-        active = _current_if_readable(store)
-        history = _read_history(store)
-        while history:
-            name = history.pop()
-            if name == active or _entry(store, name, active=False).problem is not None:
-                continue
-            # CURRENT first: a rollback that is killed here leaves its target in the history, and the next one skips it.
-            replace_file(store / CURRENT_FILE, f"{name}\n".encode())
-            _write_history(store, history)
-            return name
+        name, history = _go_back(store)
+        if to not in (None, name):
+            raise StoreError(f"the store {store} was changed meanwhile and goes back to {name!r} and not to {to!r} now")
+        # CURRENT first: a rollback that is killed here leaves its target in the history, and the next one skips it.
+        replace_file(store / CURRENT_FILE, f"{name}\n".encode())
+        _write_history(store, history)
+        return name
+
+
+def _go_back(store: Path) -> tuple[str, list[str]]:
+    """The usable bundle that was active last before the current one, and the history before it."""
+    active = _current_if_readable(store)
+    history = _read_history(store)
+    while history:
+        name = history.pop()
+        if name != active and _entry(store, name, active=False).problem is None:
+            return name, history
     raise StoreError(f"no bundle of {store} was active before {active!r}; activate one by name")
 
 
@@ -245,9 +278,7 @@ def _activate(store: Path, name: str) -> None:
     _check_store(store)
     _check_name(name, "a bundle cannot have")
     with _locked(store / _ACTIVATE_LOCK):
-        path = store / name
-        if not path.is_dir():
-            raise BundleNotFoundError(f"the store {store} has no bundle {name!r}; list them: geosurge index list")
+        path = bundle_path(store, name)
         _check_own_name(open_bundle(path).manifest, path)
         active = _current_if_readable(store)
         if active == name:

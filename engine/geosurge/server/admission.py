@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from types import TracebackType
 from typing import Final, Self
 
-from geosurge.errors import OverloadedError
+from geosurge.errors import OverloadedError, PeerOverloadedError
 
 _SMOOTHING: Final = 0.05
 _MIN_RETRY_SECONDS: Final = 0.05
@@ -18,15 +18,16 @@ _MAX_RETRY_SECONDS: Final = 5.0
 class Permit:
     """The right to be worked on, given back by `release` or at the end of a ``with`` block."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, peer: str) -> None:
         self._admission: Admission | None = admission
+        self._peer = peer
         self._taken_at = time.monotonic()
 
     def release(self) -> None:
         """Gives the permit back; calling it again does nothing."""
         admission, self._admission = self._admission, None
         if admission is not None:
-            admission._take_back(time.monotonic() - self._taken_at)
+            admission._take_back(self._peer, time.monotonic() - self._taken_at)
 
     def __enter__(self) -> Self:
         return self
@@ -38,64 +39,89 @@ class Permit:
 
 
 class Admission:
-    """A fixed number of permits; all methods belong to one event loop.
+    """A fixed number of permits, of which one peer may have some; all methods belong to one event loop.
 
     A unary call takes a permit or is refused at once, so that its caller can turn to another server. A stream waits for
     one, so that gRPC's flow control slows its client down. Waiting streams are served in the order in which they came,
-    and before unary calls.
+    and before unary calls; a peer that has all it may have is passed over.
     """
 
-    def __init__(self, permits: int) -> None:
+    def __init__(self, permits: int, permits_per_peer: int | None = None) -> None:
         self.permits: Final = permits
         """Requests that can hold a permit at once."""
+        self.permits_per_peer: Final = permits if permits_per_peer is None else permits_per_peer
+        """Those of one peer."""
         self.in_use = 0
         """Permits that are held, or handed over to a stream that has yet to notice."""
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._held: Counter[str] = Counter()
+        self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
         self._mean_hold_seconds = 0.0
 
-    def take(self) -> Permit:
+    def take(self, peer: str = "") -> Permit:
         """Takes a permit at once.
+
+        Args:
+            peer: Who asks: the address without the port.
 
         Raises:
             OverloadedError: None is free. It comes with the time that permits have been held for of late: a request
                 that comes back after it competes with other requests.
+            PeerOverloadedError: The peer has all that it may have.
         """
         if self.in_use >= self.permits:
-            retry_after = min(max(self._mean_hold_seconds, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
+            retry_after = self._retry_after_seconds()
             raise OverloadedError(
                 f"the server is working on {self.permits} requests, as many as it may; "
                 f"try again in {retry_after:.2f} s, or send a stream, which waits",
                 retry_after_seconds=retry_after,
             )
-        self.in_use += 1
-        return Permit(self)
+        if self._held[peer] >= self.permits_per_peer:
+            retry_after = self._retry_after_seconds()
+            raise PeerOverloadedError(
+                f"the server is working on {self.permits_per_peer} requests from this address, as many as it may; "
+                f"try again in {retry_after:.2f} s, or send a stream, which waits",
+                retry_after_seconds=retry_after,
+            )
+        self._grant(peer)
+        return Permit(self, peer)
 
-    async def wait(self) -> Permit:
+    async def wait(self, peer: str = "") -> Permit:
         """Takes a permit as soon as one is free."""
-        if self.in_use < self.permits:
-            self.in_use += 1
-            return Permit(self)
+        if self.in_use < self.permits and self._held[peer] < self.permits_per_peer:
+            self._grant(peer)
+            return Permit(self, peer)
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self._waiting.append((peer, turn))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._hand_over()
+                self._give_back(peer)
             else:
-                self._waiting.remove(turn)
+                self._waiting.remove((peer, turn))
             raise
-        return Permit(self)
+        return Permit(self, peer)
 
-    def _take_back(self, held_seconds: float) -> None:
+    def _retry_after_seconds(self) -> float:
+        return min(max(self._mean_hold_seconds, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
+
+    def _grant(self, peer: str) -> None:
+        self.in_use += 1
+        self._held[peer] += 1
+
+    def _take_back(self, peer: str, held_seconds: float) -> None:
         self._mean_hold_seconds += _SMOOTHING * (held_seconds - self._mean_hold_seconds)
-        self._hand_over()
+        self._give_back(peer)
 
-    def _hand_over(self) -> None:
-        """Gives a permit to the stream that has waited longest; without one it becomes free."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
+    def _give_back(self, peer: str) -> None:
+        """Makes a permit free, and hands it to the stream that has waited longest for one that it may have."""
+        self.in_use -= 1
+        self._held[peer] -= 1
+        if not self._held[peer]:
+            del self._held[peer]
+        for place, (waiting_peer, turn) in enumerate(self._waiting):
+            if not turn.done() and self._held[waiting_peer] < self.permits_per_peer:
+                del self._waiting[place]
+                self._grant(waiting_peer)
                 turn.set_result(None)
                 return
-        self.in_use -= 1

@@ -1,10 +1,13 @@
-"""The server's life: open a bundle, listen, warm up, serve, stop.
+"""The server's life: listen, open the active version, warm up, serve, stop.
 
-Health is NOT_SERVING until an image has really gone through decoding, encoding, search and posterior. A stop goes the
-other way round: health turns NOT_SERVING, load balancers get `drain_seconds` to notice, no new calls are accepted and
-streams take no more items, what is in flight is answered within `grace_seconds`, then the threads end and the bundle is
-closed. There is no transport encryption and there are no credentials, which is why settings refuse to listen beyond
-loopback without an explicit flag.
+Readiness (health of ``""`` and of every service) is NOT_SERVING until an image has really gone through decoding,
+encoding, search and posterior, and whenever no version is active. Liveness (health of ``"liveness"``) is SERVING as
+long as the event loop turns, whatever the models do.
+
+A stop goes the other way round: health turns NOT_SERVING, load balancers get `drain_seconds` to notice, no new calls
+are accepted and streams take no more items, what is in flight is answered within `grace_seconds`, then the threads end
+and the versions are freed. When a stage of the batcher crashes, the server stops by itself and `serve` raises, so that
+a supervisor can start another: it never stays up without being able to answer.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Final
 
 import grpc
@@ -24,16 +29,22 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from geosurge.errors import ConfigurationError
+from geosurge.errors import ConfigurationError, GeoSurgeError, StageCrashedError
 from geosurge.images import ImageLimits
-from geosurge.locator import Locator
+from geosurge.location import LocateOptions
 from geosurge.server.admission import Admission
 from geosurge.server.batcher import Batcher
+from geosurge.server.index_service import IndexService
 from geosurge.server.interceptors import CallInterceptor
+from geosurge.server.loader import Loader, warm_up_query
+from geosurge.server.logs import configure_logging
+from geosurge.server.metrics import Metrics
+from geosurge.server.monitoring import Monitoring
+from geosurge.server.security import AuthInterceptor, Tokens, server_credentials
 from geosurge.server.services import CellService, GeolocationService
-from geosurge.server.versions import VersionHandle, Versions
-from geosurge.settings import ServerSettings, unknown_variables
-from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc
+from geosurge.server.versions import Versions
+from geosurge.settings import ServerSettings, is_loopback, join_address, unknown_variables
+from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc, index_pb2, index_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +54,71 @@ SERVICE_NAMES: Final = (
 )
 """Services of the public API, as reflection lists them and health reports them."""
 
+INDEX_SERVICE_NAME: Final = index_pb2.DESCRIPTOR.services_by_name["IndexService"].full_name
+LIVENESS: Final = "liveness"
+"""Name under which health answers SERVING as long as the process lives."""
+
+_HEARTBEAT_SECONDS: Final = 1.0
+_HEARTBEATS_MISSED: Final = 10
+
 
 class Server:
-    """One listening server; all methods belong to the event loop that runs it."""
+    """One listening server; all methods belong to the event loop that runs it.
+
+    Attributes:
+        settings: The settings.
+        metrics: What it counts.
+        address: ``host:port`` that it listens on, once it does.
+        admin_address: That of the IndexService; empty where there is none.
+        metrics_address: That of the monitoring endpoint; empty where there is none.
+    """
 
     def __init__(self, settings: ServerSettings) -> None:
+        """Prepares a server; nothing is opened.
+
+        Raises:
+            ConfigurationError: The tokens cannot be read.
+            BundleError: The settings name a bundle whose manifest cannot be read.
+        """
         self.settings = settings
+        self.metrics = Metrics()
+        self.address = self.admin_address = self.metrics_address = ""
         self._stopping = asyncio.Event()
         self._abandoned = asyncio.Event()
+        self._tokens = Tokens.from_settings(settings)
         self._health = health.aio.HealthServicer()
-        self._batcher = Batcher(max_batch_size=settings.max_batch_size, decode_workers=settings.decode_workers)
-        self._admission = Admission(settings.max_concurrent_requests)
-        self._versions: Versions | None = None
-        self._grpc: grpc.aio.Server | None = None
-        self.address = ""
-        """``host:port`` that it listens on, once it does."""
+        self._batcher = Batcher(
+            max_batch_size=settings.max_batch_size, decode_workers=settings.decode_workers, metrics=self.metrics
+        )
+        self._admission = Admission(settings.max_concurrent_requests, settings.max_requests_per_peer)
+        self._loader = Loader(
+            self._batcher.between_batches,
+            device=settings.device,
+            limits=ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+            max_batch_size=settings.max_batch_size,
+            scratch=settings.scratch,
+        )
+        self._versions = Versions(
+            settings.index,
+            self._loader,
+            max_versions=settings.max_loaded_versions,
+            metrics=self.metrics,
+            on_change=self._report_readiness,
+        )
+        self._monitoring = Monitoring(self.metrics, is_ready=lambda: self._is_serving, is_alive=self._is_alive)
+        self._servers: list[grpc.aio.Server] = []
+        self._is_warm = False
+        self._last_beat = time.monotonic()
+        self._heart: asyncio.Task[None] | None = None
+        self._reports: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Opens the bundle, listens, and reports SERVING after a warm-up.
+        """Listens, opens the active version, and reports SERVING after a warm-up.
 
         Raises:
             BundleError: The bundle cannot be used.
             EncoderError: Its encoder cannot be loaded.
-            ConfigurationError: The address cannot be listened on.
+            ConfigurationError: An address cannot be listened on, or a certificate not be used.
         """
         try:
             await self.listen()
@@ -75,28 +128,55 @@ class Server:
             raise
 
     async def listen(self) -> None:
-        """Opens the bundle and listens; health is NOT_SERVING. Raises as `start`."""
+        """Listens, then opens the active version; health is NOT_SERVING. Raises as `start`."""
         self._batcher.start()
-        handle = await self._batcher.on_owner(self._open)
-        self._versions = Versions(handle)
+        if self.settings.torch_threads is not None:
+            set_threads = partial(torch.set_num_threads, self.settings.torch_threads)
+            await asyncio.wrap_future(self._batcher.between_batches(set_threads))
+        self._heart = asyncio.create_task(self._beat())
+        self.metrics.watch("queue_length", lambda: self._batcher.queue_length)
+        self.metrics.watch("permits_in_use", lambda: self._admission.in_use)
+        self.metrics.watch("versions_loaded", lambda: len(self._versions.loaded))
+        if self.settings.metrics_port is not None:
+            port = self._monitoring.start(self.settings.metrics_host, self.settings.metrics_port)
+            self.metrics_address = join_address(self.settings.metrics_host, port)
         await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._grpc = self._build(self._versions)
-        try:
-            port = self._grpc.add_insecure_port(self.settings.address)
-        except RuntimeError as error:
-            raise ConfigurationError(
-                f"cannot listen on {self.settings.address}: the port is taken or the address is not this machine's; "
-                "choose another port, or 0 for a free one"
-            ) from error
-        await self._grpc.start()
-        self.address = self.settings.model_copy(update={"port": port}).address
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        has_own_port = self.settings.admin_port is not None
+        is_guarded = self._tokens.required or is_loopback(self.settings.host)
+        with_index = not has_own_port and is_guarded
+        main = self._build(locates=True, administers=with_index)
+        self.address = await self._open_port(main, self.settings.host, self.settings.port)
+        if with_index:
+            self.admin_address = self.address
+        if self.settings.admin_port is not None:
+            administration = self._build(locates=False, administers=True)
+            self.admin_address = await self._open_port(
+                administration, self.settings.admin_host, self.settings.admin_port
+            )
+        await self._versions.start()
 
     async def warm_up(self) -> None:
-        """Sends real inferences through every stage, then reports SERVING."""
-        assert self._versions is not None
-        await self._batcher.warm_up(self._versions.active)
+        """Sends a real request through every stage, then reports SERVING."""
+        with self._versions.acquire() as handle:
+            await self._batcher.locate(handle, warm_up_query(handle.locator), LocateOptions())
+        self._is_warm = True
         await self._report(health_pb2.HealthCheckResponse.SERVING)
-        logger.info("serving address=%s index_version=%s", self.address, self._versions.active.name)
+        logger.info("serving", extra={"address": self.address, "index_version": self._versions.active.name})
+
+    async def crashed(self) -> str:
+        """Waits until a stage of the batcher has crashed, turns health NOT_SERVING, and names the stage."""
+        stage = await self._batcher.crashed()
+        self._is_warm = False
+        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        return stage
+
+    async def follow_store(self) -> None:
+        """Activates what the store's pointer names; a version that cannot be used changes nothing but the log."""
+        try:
+            await self._versions.follow_store()
+        except GeoSurgeError as error:
+            logger.error("the version that the store names was not activated: %s", error)  # noqa: TRY400
 
     async def stop(self, *, grace_seconds: float | None = None, drain_seconds: float | None = None) -> None:
         """Stops in order and returns when nothing is left running; `abandon` shortens it.
@@ -107,94 +187,153 @@ class Server:
         """
         grace = self.settings.grace_seconds if grace_seconds is None else grace_seconds
         drain = self.settings.drain_seconds if drain_seconds is None else drain_seconds
+        self._is_warm = False
         await self._health.enter_graceful_shutdown()
-        if self._grpc is not None:
+        if self._servers:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._abandoned.wait(), drain)
             self._stopping.set()
-            await self._grpc.stop(grace)
-        versions, self._versions = self._versions, None
-        if versions is not None:
-            await versions.wait_until_unused()
-            for handle in versions.loaded:
-                await self._batcher.on_owner(handle.locator.close)
+            await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        await self._versions.close()
+        await asyncio.to_thread(self._loader.stop)
         await self._batcher.stop()
+        await asyncio.to_thread(self._monitoring.stop)
+        if self._heart is not None:
+            self._heart.cancel()
         if self.address:
-            logger.info("stopped address=%s", self.address)
+            logger.info("stopped", extra={"address": self.address})
 
     async def abandon(self) -> None:
         """Ends the drain of a running `stop`, and cancels the calls that it still waits for."""
         self._abandoned.set()
-        if self._grpc is not None:
-            await self._grpc.stop(None)
+        await asyncio.gather(*(server.stop(None) for server in self._servers))
 
-    def _open(self) -> VersionHandle:
-        if self.settings.torch_threads is not None:
-            torch.set_num_threads(self.settings.torch_threads)
-        limits = ImageLimits(max_bytes=self.settings.max_image_bytes, max_pixels=self.settings.max_image_pixels)
-        locator = Locator.open(self.settings.index, device=self.settings.device, limits=limits)
-        return VersionHandle(locator.index_version, locator)
-
-    def _build(self, versions: Versions) -> grpc.aio.Server:
+    def _build(self, *, locates: bool, administers: bool) -> grpc.aio.Server:
+        """A server of some of the services; every one has health and reflection."""
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._stopping)],
+            interceptors=[CallInterceptor(self._stopping, self.metrics), AuthInterceptor(self._tokens)],
             options=[
                 ("grpc.max_receive_message_length", self.settings.max_receive_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 # Two servers must not share a port without noticing.
                 ("grpc.so_reuseport", 0),
+                # One connection cannot hold an endless number of calls open.
+                ("grpc.max_concurrent_streams", max(128, 2 * self.settings.max_concurrent_requests)),
             ],
         )
-        geolocation = GeolocationService(self.settings, versions, self._batcher, self._admission, self._stopping)
-        geolocation_pb2_grpc.add_GeolocationServiceServicer_to_server(geolocation, server)  # type: ignore[no-untyped-call]
-        cells = CellService(self.settings, versions, self._batcher, self._admission)
-        cell_pb2_grpc.add_CellServiceServicer_to_server(cells, server)  # type: ignore[no-untyped-call]
+        names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if locates:
+            geolocation = GeolocationService(
+                self.settings, self._versions, self._batcher, self._admission, self._stopping
+            )
+            geolocation_pb2_grpc.add_GeolocationServiceServicer_to_server(geolocation, server)  # type: ignore[no-untyped-call]
+            cells = CellService(self.settings, self._versions, self._batcher, self._admission)
+            cell_pb2_grpc.add_CellServiceServicer_to_server(cells, server)  # type: ignore[no-untyped-call]
+            names += SERVICE_NAMES
+        if administers:
+            index_pb2_grpc.add_IndexServiceServicer_to_server(IndexService(self._versions), server)  # type: ignore[no-untyped-call]
+            names.append(INDEX_SERVICE_NAME)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection(names, server)
         return server
+
+    async def _open_port(self, server: grpc.aio.Server, host: str, port: int) -> str:
+        address = join_address(host, port)
+        credentials = server_credentials(self.settings)
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"cannot listen on {address}: the port is taken or the address is not this machine's; "
+                "choose another port, or 0 for a free one"
+            ) from error
+        await server.start()
+        self._servers.append(server)
+        return join_address(host, port)
+
+    @property
+    def _is_serving(self) -> bool:
+        return self._is_warm and self._versions.is_serving
+
+    def _report_readiness(self) -> None:
+        """Tells health of a change; before the warm-up and after the stop there is nothing to tell."""
+        if self._is_warm:
+            statuses = health_pb2.HealthCheckResponse
+            report = asyncio.create_task(self._report(statuses.SERVING if self._is_serving else statuses.NOT_SERVING))
+            self._reports.add(report)
+            report.add_done_callback(self._reports.discard)
 
     async def _report(self, status: int) -> None:
         for service in (health.OVERALL_HEALTH, *SERVICE_NAMES):
             await self._health.set(service, status)
 
+    async def _beat(self) -> None:
+        while True:
+            self._last_beat = time.monotonic()
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
 
-def serve(settings: ServerSettings, on_ready: Callable[[str], None] | None = None) -> None:
+    def _is_alive(self) -> bool:
+        return time.monotonic() - self._last_beat < _HEARTBEATS_MISSED * _HEARTBEAT_SECONDS
+
+
+def serve(settings: ServerSettings, on_ready: Callable[[Server], None] | None = None) -> None:
     """Serves until SIGTERM or SIGINT, then stops gracefully and returns; a second signal stops at once.
 
-    A signal while the server is still starting ends the start; the bundle is never served then.
+    A signal while the server is still starting ends the start; the bundle is never served then. SIGHUP has the server
+    read the store's pointer again.
 
     Args:
         settings: The settings.
-        on_ready: Called with ``host:port`` once the server reports SERVING.
+        on_ready: Called with the server once it reports SERVING.
 
     Raises:
         GeoSurgeError: The server could not start; see `Server.start`.
+        StageCrashedError: It could not go on; it has stopped.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure_logging(settings.log_level, settings.log_format)
     for name, meant in unknown_variables(os.environ).items():
         logger.warning("%s in the environment is no setting%s", name, f"; did you mean {meant}?" if meant else "")
     asyncio.run(_serve(settings, on_ready))
 
 
-async def _serve(settings: ServerSettings, on_ready: Callable[[str], None] | None) -> None:
+async def _serve(settings: ServerSettings, on_ready: Callable[[Server], None] | None) -> None:
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    # Until there is a server, this signal's own effect would be to kill the process.
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)
     server = Server(settings)
     start = asyncio.create_task(server.start())
     signalled = asyncio.create_task(signals.get())
     await asyncio.wait({start, signalled}, return_when=asyncio.FIRST_COMPLETED)
     if not start.done():
-        logger.info("stopping signal=%s before the start was over", signalled.result().name)
+        logger.info("stopping before the start was over", extra={"signal": signalled.result().name})
         start.cancel()
         with suppress(asyncio.CancelledError):
             await start
         return
     await start
+    follows: set[asyncio.Task[None]] = set()
+
+    def follow() -> None:
+        task = asyncio.create_task(server.follow_store())
+        follows.add(task)
+        task.add_done_callback(follows.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, follow)
     if on_ready is not None:
-        on_ready(server.address)
-    logger.info("stopping signal=%s", (await signalled).name)
+        on_ready(server)
+    crashed = asyncio.create_task(server.crashed())
+    await asyncio.wait({signalled, crashed}, return_when=asyncio.FIRST_COMPLETED)
+    if crashed.done():
+        await server.stop(drain_seconds=0)
+        raise StageCrashedError(f"the stage {crashed.result()!r} crashed, see the log; start the server again")
+    crashed.cancel()
+    logger.info("stopping", extra={"signal": signalled.result().name})
     stop = asyncio.create_task(server.stop())
     again = asyncio.create_task(signals.get())
     await asyncio.wait({stop, again}, return_when=asyncio.FIRST_COMPLETED)

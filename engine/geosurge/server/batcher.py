@@ -1,19 +1,24 @@
-"""Batches concurrent requests through one encoder and one index.
+"""Answers concurrent requests in batches, in three stages that overlap: decode, encode, search.
 
-Images are decoded by a pool of threads, one by one, so that a bad one fails alone. Encoding and searching belong to
-one owner thread (FAISS and CUDA want a single one); whenever it is free it takes everything that queued while it was
-busy, up to the largest batch, without ever waiting for more. What comes next is decoded meanwhile, so that a batch is
-ready when the one before it is done.
+| stage | runs on | works on |
+|---|---|---|
+| decode | a pool of threads | one image, so that a bad one fails alone |
+| encode | a thread | images that queued while it was busy, of one encoder |
+| search | a thread | embeddings that queued while it was busy, of one version |
 
-A batch holds requests of one index version. A request that was cancelled, or whose deadline has passed, is left out
-when its batch is formed, and an answer that nobody waits for any more is dropped without touching the others. When a
-stage fails, the items of that batch fail, and the owner goes on with the next.
+FAISS and CUDA each want a single thread. A stage that is free takes what is there, up to the largest batch, without
+ever waiting for more. What comes next is decoded and what came before is searched meanwhile. The permits of
+`geosurge.server.admission` bound what is queued in all stages together.
+
+A request that was cancelled, or whose deadline has passed, is left out when a batch is formed, and an answer that
+nobody waits for any more is dropped without touching the others. When work on a batch fails, its items fail, and the
+stage goes on with the next. When a stage itself ends, which must not happen, `Batcher.crashed` says so: the process has
+to end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import math
 import threading
@@ -27,10 +32,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from geosurge.encoder.model import ImageEncoder
 from geosurge.errors import DeadlineExceededError, GeoSurgeError, ShuttingDownError
 from geosurge.location import LocateOptions, Location
+from geosurge.server.metrics import Metrics
 from geosurge.server.versions import VersionHandle
 
 logger = logging.getLogger(__name__)
@@ -38,7 +44,7 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Item:
     """One request on its way: canonical pixels to encode, or an embedding to search with."""
 
@@ -47,40 +53,210 @@ class _Item:
     answer: asyncio.Future[Location]
     deadline: float
     arrived_at: float
-    decode_ms: float
+    decode_ms: float = 0.0
+    encode_ms: float = 0.0
+    encoder: ImageEncoder | None = None
     pixels: NDArray[np.uint8] | None = None
     embedding: NDArray[np.float32] | None = None
 
 
-class Batcher:
-    """Owns the decoding threads and the owner thread; `locate` belongs to the event loop that called `start`."""
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A function that waits for its turn between two batches."""
 
-    def __init__(self, *, max_batch_size: int, decode_workers: int) -> None:
+    function: Callable[[], Any]
+    future: Future[Any]
+
+    def run(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            try:
+                self.future.set_result(self.function())
+            except BaseException as error:  # noqa: BLE001
+                self.future.set_exception(error)
+
+
+class _Stage:
+    """A thread that works on whatever queued while it was busy."""
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[list[_Item]], None],
+        *,
+        group: Callable[[_Item], object],
+        reject: Callable[[list[_Item], GeoSurgeError], None],
+        crashed: Callable[[str], None],
+        max_batch_size: int,
+    ) -> None:
+        """Prepares the thread.
+
+        Args:
+            name: Name of the stage.
+            work: Works on one batch; must not raise.
+            group: A batch holds items for which this is one and the same object.
+            reject: Ends items with an error.
+            crashed: Told when the thread ends without having been asked to.
+            max_batch_size: Most items of a batch.
+        """
+        self.name = name
+        self._work = work
+        self._group = group
+        self._reject = reject
+        self._crashed = crashed
         self._max_batch_size = max_batch_size
-        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="geosurge-decode")
-        self._owner = threading.Thread(target=self._own, name="geosurge-owner", daemon=True)
         self._changed = threading.Condition()
         self._queue: deque[_Item] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[_Call] = deque()
         self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"geosurge-{name}", daemon=True)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def put(self, items: Sequence[_Item]) -> None:
+        """Queues items.
+
+        Raises:
+            ShuttingDownError: The stage has been stopped.
+        """
+        with self._changed:
+            self._check_open()
+            self._queue.extend(items)
+            self._changed.notify()
+
+    def call(self, function: Callable[[], _Result]) -> Future[_Result]:
+        """Runs a function on the thread, before the next batch.
+
+        Raises:
+            ShuttingDownError: The stage has been stopped.
+        """
+        call = _Call(function, Future())
+        with self._changed:
+            self._check_open()
+            self._calls.append(call)
+            self._changed.notify()
+        return call.future
+
+    def stop(self) -> None:
+        """Works on what is queued, then ends the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise ShuttingDownError("the server is stopping; send the request again, to another one")
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except BaseException as error:
+            logger.critical("stage crashed", extra={"stage": self.name}, exc_info=error)
+            with self._changed:
+                self._stopping = True
+                queue, self._queue = list(self._queue), deque()
+                calls, self._calls = list(self._calls), deque()
+            for call in calls:
+                call.future.cancel()
+            self._reject(
+                queue, GeoSurgeError("the engine failed and is ending; send the request again, to another one")
+            )
+            self._crashed(self.name)
+
+    def _step(self) -> bool:
+        """Does one piece of work; false when there will be no more. Its locals die with it, and a version with them."""
+        call: _Call | None = None
+        batch: list[_Item] = []
+        expired: list[_Item] = []
+        with self._changed:
+            while not (self._calls or self._queue or self._stopping):
+                self._changed.wait()
+            if self._calls:
+                call = self._calls.popleft()
+            elif self._queue:
+                batch, expired = self._take_batch()
+            else:
+                return False
+        if call:
+            call.run()
+        if expired:
+            self._reject(expired, _expired())
+        if batch:
+            self._work(batch)
+        return True
+
+    def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
+        """Takes the oldest item and what can go with it; also what has expired. Cancelled ones are dropped."""
+        now = time.monotonic()
+        batch: list[_Item] = []
+        expired: list[_Item] = []
+        others: list[_Item] = []
+        while self._queue and len(batch) < self._max_batch_size:
+            item = self._queue.popleft()
+            if item.answer.done():
+                continue
+            if item.deadline <= now:
+                expired.append(item)
+            elif batch and self._group(item) is not self._group(batch[0]):
+                others.append(item)
+            else:
+                batch.append(item)
+        self._queue.extendleft(reversed(others))
+        return batch, expired
+
+
+class Batcher:
+    """Owns the stages; `locate` belongs to the event loop that called `start`."""
+
+    def __init__(self, *, max_batch_size: int, decode_workers: int, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics or Metrics()
+        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="geosurge-decode")
+        self._encode = _Stage(
+            "encode",
+            self._encode_batch,
+            group=lambda item: item.encoder,
+            reject=self._reject,
+            crashed=self._crash,
+            max_batch_size=max_batch_size,
+        )
+        self._search = _Stage(
+            "search",
+            self._search_batch,
+            group=lambda item: item.handle,
+            reject=self._reject,
+            crashed=self._crash,
+            max_batch_size=max_batch_size,
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._crashes: asyncio.Future[str] | None = None
 
     @property
     def queue_length(self) -> int:
         """Requests that wait for a batch."""
-        return len(self._queue)
+        return len(self._encode) + len(self._search)
 
     def start(self) -> None:
-        """Starts the owner thread; call it on the event loop that requests come from."""
+        """Starts the threads; call it on the event loop that requests come from."""
         self._loop = asyncio.get_running_loop()
-        self._owner.start()
+        self._crashes = self._loop.create_future()
+        self._encode.start()
+        self._search.start()
+
+    async def crashed(self) -> str:
+        """Waits until a stage has ended without having been asked to, and names it."""
+        assert self._crashes is not None
+        return await asyncio.shield(self._crashes)
 
     async def stop(self) -> None:
         """Answers what is queued, then ends the threads; calling it again does nothing."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        await asyncio.to_thread(self._join)
+        await asyncio.to_thread(self._stop)
 
     async def locate(
         self,
@@ -107,108 +283,81 @@ class Batcher:
             ShuttingDownError: The batcher has been stopped.
             GeoSurgeError: A stage failed; the message holds the id under which it was logged.
         """
-        arrived_at = time.perf_counter()
         answer: asyncio.Future[Location] = asyncio.get_running_loop().create_future()
+        item = _Item(handle, options, answer, deadline, time.perf_counter())
         if isinstance(query, bytes):
-            pixels, decode_ms = await self.in_decoder(_decode, handle, query, options, deadline)
-            item = _Item(handle, options, answer, deadline, arrived_at, decode_ms, pixels=pixels)
+            item.encoder = handle.locator.encoder
+            item.pixels, item.decode_ms = await self.in_decoder(_decode, handle, query, options, deadline)
+            self._metrics.stage("decode", item.decode_ms / 1000)
+            self._encode.put([item])
         else:
             # Only looking up the cells of a region costs enough to leave the event loop for.
             if options.region_tokens:
-                await self.in_decoder(handle.locator.validate_options, options)
+                await self.in_decoder(_validate, handle, options)
             else:
                 handle.locator.validate_options(options)
-            embedding = handle.locator.normalise_embedding(query)
-            item = _Item(handle, options, answer, deadline, arrived_at, 0.0, embedding=embedding)
-        with self._changed:
-            if self._stopping:
-                raise ShuttingDownError("the server is stopping; send the request again, to another one")
-            self._queue.append(item)
-            self._changed.notify()
-        return await answer
-
-    async def warm_up(self, handle: VersionHandle) -> None:
-        """Sends a grey image through every stage, alone and as the largest batch, so that first requests find it warm.
-
-        A version without an encoder is asked an embedding instead.
-
-        Raises:
-            GeoSurgeError: A stage failed.
-        """
-        await self.locate(handle, _warm_up_query(handle), LocateOptions())
-        await self.on_owner(lambda: _warm_up_batch(handle, self._max_batch_size))
+            item.embedding = handle.locator.normalise_embedding(query)
+            self._search.put([item])
+        location = await answer
+        self._metrics.stage("queue", location.timings.queue_ms / 1000)
+        return location
 
     async def in_decoder(self, function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
         """Runs a function that takes long for an event loop on a decoding thread."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
 
-    async def on_owner(self, function: Callable[[], _Result]) -> _Result:
-        """Runs a function on the owner thread, before the next batch: opening, warming up and closing of versions."""
-        future: Future[_Result] = Future()
+    def between_batches(self, function: Callable[[], _Result]) -> Future[_Result]:
+        """Runs a function that computes with all cores where images are encoded, before the next batch.
 
-        def call() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:  # noqa: BLE001
-                    future.set_exception(error)
+        Raises:
+            ShuttingDownError: The batcher has been stopped.
+        """
+        return self._encode.call(function)
 
-        with self._changed:
-            if self._stopping:
-                raise ShuttingDownError("the batcher has been stopped")
-            self._calls.append(call)
-            self._changed.notify()
-        return await asyncio.wrap_future(future)
-
-    def _join(self) -> None:
-        if self._owner.ident is not None:
-            self._owner.join()
+    def _stop(self) -> None:
+        # In the order of the data: what the first stage still encodes goes through the second.
+        self._encode.stop()
+        self._search.stop()
         self._decoders.shutdown(wait=True)
 
-    def _own(self) -> None:
-        while self._step():
-            pass
+    def _encode_batch(self, batch: list[_Item]) -> None:
+        begun = time.perf_counter()
+        try:
+            pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
+            assert batch[0].encoder is not None
+            embeddings = batch[0].encoder.encode(pixels)
+        except Exception:  # noqa: BLE001
+            self._reject(batch, _failure("encode", batch))
+            return
+        seconds = time.perf_counter() - begun
+        self._metrics.stage("encode", seconds)
+        self._metrics.batch("encode", len(batch))
+        for item, embedding in zip(batch, embeddings, strict=True):
+            item.embedding, item.pixels, item.encode_ms = embedding, None, 1000 * seconds
+        self._search.put(batch)
 
-    def _step(self) -> bool:
-        """Does one piece of work; false when there will be no more. Its locals die with it, and a version with them."""
-        call: Callable[[], None] | None = None
-        batch: list[_Item] = []
-        expired: list[_Item] = []
-        with self._changed:
-            while not (self._calls or self._queue or self._stopping):
-                self._changed.wait()
-            if self._calls:
-                call = self._calls.popleft()
-            elif self._queue:
-                batch, expired = self._take_batch()
-            else:
-                return False
-        if call:
-            call()
-        if expired:
-            self._deliver(expired, [_expired() for _ in expired])
-        if batch:
-            self._deliver(batch, _run(batch))
-        return True
+    def _search_batch(self, batch: list[_Item]) -> None:
+        begun = time.perf_counter()
+        try:
+            embeddings = np.stack([item.embedding for item in batch if item.embedding is not None])
+            with batch[0].handle.use() as locator:
+                outcomes = locator.locate_embeddings(embeddings, [item.options for item in batch])
+        except Exception:  # noqa: BLE001
+            self._reject(batch, _failure("search", batch))
+            return
+        self._metrics.stage("search", time.perf_counter() - begun)
+        self._metrics.batch("search", len(batch))
+        self._deliver(
+            batch,
+            [
+                _with_timings(item, outcome, begun) if isinstance(outcome, Location) else outcome
+                for item, outcome in zip(batch, outcomes, strict=True)
+            ],
+        )
 
-    def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
-        """Takes the oldest request and what can go with it; also what has expired. Cancelled ones are dropped."""
-        now = time.monotonic()
-        batch: list[_Item] = []
-        expired: list[_Item] = []
-        others: list[_Item] = []
-        while self._queue and len(batch) < self._max_batch_size:
-            item = self._queue.popleft()
-            if item.answer.done():
-                continue
-            if item.deadline <= now:
-                expired.append(item)
-            elif batch and item.handle is not batch[0].handle:
-                others.append(item)
-            else:
-                batch.append(item)
-        self._queue.extendleft(reversed(others))
-        return batch, expired
+    def _reject(self, items: list[_Item], error: GeoSurgeError) -> None:
+        # An exception that several tasks raise would collect the tracebacks of all.
+        self._deliver(items, [type(error)(str(error)) for _ in items])
 
     def _deliver(self, batch: Sequence[_Item], outcomes: Sequence[Location | GeoSurgeError]) -> None:
         def resolve() -> None:
@@ -220,11 +369,21 @@ class Batcher:
                 else:
                     item.answer.set_result(outcome)
 
+        self._on_loop(resolve)
+
+    def _crash(self, stage: str) -> None:
+        def resolve() -> None:
+            if self._crashes is not None and not self._crashes.done():
+                self._crashes.set_result(stage)
+
+        self._on_loop(resolve)
+
+    def _on_loop(self, function: Callable[[], None]) -> None:
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(resolve)
+            self._loop.call_soon_threadsafe(function)
         except RuntimeError:
-            logger.warning("event loop ended before %d answers were delivered", len(batch))
+            logger.warning("the event loop ended before everything was answered")
 
 
 def _decode(
@@ -232,70 +391,38 @@ def _decode(
 ) -> tuple[NDArray[np.uint8], float]:
     if time.monotonic() >= deadline:
         raise _expired()
-    handle.locator.validate_options(options)
-    begun = time.perf_counter()
-    pixels = handle.locator.preprocess(data)
+    with handle.use() as locator:
+        locator.validate_options(options)
+        begun = time.perf_counter()
+        pixels = locator.preprocess(data)
     return pixels, 1000 * (time.perf_counter() - begun)
 
 
-def _run(batch: Sequence[_Item]) -> list[Location | GeoSurgeError]:
-    """Encodes and searches one batch on the owner thread; whatever fails becomes the outcome of each item."""
-    begun = time.perf_counter()
-    try:
-        embeddings, encode_ms = _embed(batch)
-        outcomes = batch[0].handle.locator.locate_embeddings(embeddings, [item.options for item in batch])
-        return [
-            _with_timings(item, outcome, begun, encode_ms) if isinstance(outcome, Location) else outcome
-            for item, outcome in zip(batch, outcomes, strict=True)
-        ]
-    except Exception:
-        error_id = uuid.uuid4().hex
-        logger.exception(
-            "batch failed size=%d index_version=%s error_id=%s", len(batch), batch[0].handle.name, error_id
-        )
-        message = f"the engine failed while it worked on the batch of this request; the server logged it as {error_id}"
-        return [GeoSurgeError(message) for _ in batch]
+def _validate(handle: VersionHandle, options: LocateOptions) -> None:
+    with handle.use() as locator:
+        locator.validate_options(options)
 
 
-def _embed(batch: Sequence[_Item]) -> tuple[NDArray[np.float32], float]:
-    """Embeddings (n, d) of a batch in its order, and the milliseconds that the encoder took."""
-    locator = batch[0].handle.locator
-    pixels = [item.pixels for item in batch if item.pixels is not None]
-    begun = time.perf_counter()
-    encoded = iter(locator.encode(np.stack(pixels)) if pixels else ())
-    encode_ms = 1000 * (time.perf_counter() - begun)
-    rows = [next(encoded) if item.embedding is None else item.embedding for item in batch]
-    return np.ascontiguousarray(np.stack(rows), dtype=np.float32), encode_ms
-
-
-def _warm_up_query(handle: VersionHandle) -> bytes | NDArray[np.float32]:
-    locator = handle.locator
-    if locator.manifest.encoder is None:
-        return np.ones(locator.manifest.dimension, dtype=np.float32)
-    grey = io.BytesIO()
-    Image.new("RGB", (256, 256), (128, 128, 128)).save(grey, "PNG")
-    return grey.getvalue()
-
-
-def _warm_up_batch(handle: VersionHandle, size: int) -> None:
-    locator, query = handle.locator, _warm_up_query(handle)
-    if isinstance(query, bytes):
-        embeddings = locator.encode(np.repeat(locator.preprocess(query)[np.newaxis], size, axis=0))
-    else:
-        embeddings = np.repeat(locator.normalise_embedding(query)[np.newaxis], size, axis=0)
-    for outcome in locator.locate_embeddings(embeddings, [LocateOptions()] * size):
-        if isinstance(outcome, GeoSurgeError):
-            raise outcome
-
-
-def _with_timings(item: _Item, location: Location, batch_begun: float, encode_ms: float) -> Location:
-    queue_ms = 1000 * (batch_begun - item.arrived_at) - item.decode_ms
-    timings = replace(
-        location.timings,
-        decode_ms=item.decode_ms,
-        queue_ms=queue_ms,
-        encode_ms=encode_ms if item.pixels is not None else 0.0,
+def _failure(stage: str, batch: Sequence[_Item]) -> GeoSurgeError:
+    """Logs the exception that is being handled, and what its items are told."""
+    error_id = uuid.uuid4().hex
+    logger.exception(
+        "batch failed",
+        extra={
+            "stage": stage,
+            "size": len(batch),
+            "index_version": batch[0].handle.name,
+            "error_id": error_id,
+        },
     )
+    return GeoSurgeError(
+        f"the engine failed while it worked on the batch of this request; the server logged it as {error_id}"
+    )
+
+
+def _with_timings(item: _Item, location: Location, search_begun: float) -> Location:
+    queue_ms = 1000 * (search_begun - item.arrived_at) - item.decode_ms - item.encode_ms
+    timings = replace(location.timings, decode_ms=item.decode_ms, queue_ms=queue_ms, encode_ms=item.encode_ms)
     return replace(location, timings=timings)
 
 

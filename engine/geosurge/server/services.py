@@ -10,11 +10,17 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import geosurge
 from geosurge.cells import CellTree
-from geosurge.errors import CoordinateOutOfRangeError, GeoSurgeError, PageInvalidError, ShuttingDownError
+from geosurge.errors import (
+    CoordinateOutOfRangeError,
+    GeoSurgeError,
+    PageInvalidError,
+    ShuttingDownError,
+    StreamLimitError,
+)
 from geosurge.locator import MAX_BEAM_WIDTH, MAX_REGION_TOKENS, MAX_TOP_K
 from geosurge.server.admission import Admission, Permit
 from geosurge.server.batcher import Batcher
@@ -31,7 +37,6 @@ from geosurge.settings import ServerSettings
 from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc
 from geosurge.wire import error_to_status, location_to_response
 
-_Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
 # What a stream's writer is handed, in order: an item's task, or how the stream ends.
@@ -63,7 +68,7 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         """Locates one image or embedding; refused at once when no permit is free."""
         request_id = request_to_id(request)
         current_call().request_id = request_id
-        with self._admission.take():
+        with self._admission.take(peer_address(context)):
             return await self._locate(request, request_id, _deadline(context))
 
     async def LocateStream(  # noqa: N802
@@ -81,7 +86,8 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         answers: asyncio.Queue[_Answer] = asyncio.Queue()
         window = asyncio.Semaphore(self._settings.max_stream_window)
         async with asyncio.TaskGroup() as group:
-            reading = group.create_task(self._read(requests, group, answers, window, deadline))
+            read = self._read(requests, group, answers, window, deadline=deadline, peer=peer_address(context))
+            reading = group.create_task(read)
             watching = group.create_task(self._end_when_stopping(reading))
             error: GeoSurgeError | None = None
             while (answer := await answers.get()) is not None:
@@ -103,7 +109,7 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         context: Any,  # noqa: ANN401, ARG002
     ) -> geolocation_pb2.GetInfoResponse:
         """Describes the server and its active version."""
-        async with self._versions.acquire() as handle:
+        with self._versions.acquire() as handle:
             current_call().index_version = handle.name
             return info_message(handle, self._settings)
 
@@ -113,7 +119,7 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         check_request_id(request_id)
         options = message_to_options(request.options)
         query = request_to_query(request)
-        async with self._versions.acquire(request.options.index_version) as handle:
+        with self._versions.acquire(request.options.index_version, request_id) as handle:
             current_call().index_version = handle.name
             location = await self._batcher.locate(handle, query, options, deadline=deadline)
         return location_to_response(location, request_id)
@@ -135,14 +141,23 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         group: asyncio.TaskGroup,
         answers: asyncio.Queue[_Answer],
         window: asyncio.Semaphore,
+        *,
         deadline: float,
+        peer: str,
     ) -> None:
         """Turns requests into tasks, in order, as permits and the window allow; then says how the stream ends."""
         end: GeoSurgeError | None = None
+        limit = self._settings.max_stream_items
+        count = 0
         try:
             async for item in requests:
+                if count == limit:
+                    raise StreamLimitError(
+                        f"the stream has had {limit} items, as many as it may; open another for the rest"
+                    )
+                count += 1
                 await window.acquire()
-                permit = await self._admission.wait()
+                permit = await self._admission.wait(peer)
                 task = group.create_task(self._locate_item(item.request, deadline))
                 # A task that is cancelled before its first step runs none of its own code.
                 task.add_done_callback(_releaser(permit))
@@ -175,17 +190,18 @@ class CellService(cell_pb2_grpc.CellServiceServicer):
     async def GetCell(  # noqa: N802
         self,
         request: cell_pb2.GetCellRequest,
-        context: Any,  # noqa: ANN401, ARG002
+        context: Any,  # noqa: ANN401
     ) -> cell_pb2.GetCellResponse:
         """Returns one cell by its token."""
         level = request.level if request.HasField("level") else None
-        cell, version = await self._read(request.index_version, CellTree.find, request.token, level)
+        find = partial(CellTree.find, token=request.token, level=level)
+        cell, version = await self._read(context, request.index_version, find)
         return cell_pb2.GetCellResponse(cell=cell, index_version=version)
 
     async def ListChildren(  # noqa: N802
         self,
         request: cell_pb2.ListChildrenRequest,
-        context: Any,  # noqa: ANN401, ARG002
+        context: Any,  # noqa: ANN401
     ) -> cell_pb2.ListChildrenResponse:
         """Returns a page of the children of a cell, or of the cells of level 1."""
         level = request.level if request.HasField("level") else None
@@ -199,34 +215,32 @@ class CellService(cell_pb2_grpc.CellServiceServicer):
             page = children[start : start + size]
             return [tree.cell(child_level, ordinal) for ordinal in page], start + size < len(children)
 
-        (cells, more), version = await self._read(version, read)
+        (cells, more), version = await self._read(context, version, read)
         token = _write_page_token(request, start + size, version) if more else ""
         return cell_pb2.ListChildrenResponse(cells=cells, index_version=version, next_page_token=token)
 
     async def GetPath(  # noqa: N802
         self,
         request: cell_pb2.GetPathRequest,
-        context: Any,  # noqa: ANN401, ARG002
+        context: Any,  # noqa: ANN401
     ) -> cell_pb2.GetPathResponse:
         """Returns the cells that hold a coordinate."""
         if not request.HasField("coordinate"):
             raise CoordinateOutOfRangeError("the request has no coordinate; set latitude_deg and longitude_deg")
         latitude_deg, longitude_deg = request.coordinate.latitude_deg, request.coordinate.longitude_deg
-        cells, version = await self._read(request.index_version, CellTree.path, latitude_deg, longitude_deg)
+        path = partial(CellTree.path, latitude_deg=latitude_deg, longitude_deg=longitude_deg)
+        cells, version = await self._read(context, request.index_version, path)
         return cell_pb2.GetPathResponse(cells=cells, index_version=version)
 
     async def _read(
         self,
+        context: Any,  # noqa: ANN401
         version: str,
-        function: Callable[Concatenate[CellTree, _Parameters], _Result],
-        *arguments: _Parameters.args,
-        **keywords: _Parameters.kwargs,
+        look_up: Callable[[CellTree], _Result],
     ) -> tuple[_Result, str]:
-        with self._admission.take():
-            async with self._versions.acquire(version) as handle:
-                current_call().index_version = handle.name
-                look_up = partial(function, handle.locator.tree, *arguments, **keywords)
-                return await self._batcher.in_decoder(look_up), handle.name
+        with self._admission.take(peer_address(context)), self._versions.acquire(version) as handle:
+            current_call().index_version = handle.name
+            return await self._batcher.in_decoder(_look_up, handle, look_up), handle.name
 
 
 def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation_pb2.GetInfoResponse:
@@ -253,11 +267,24 @@ def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation
             max_region_tokens=MAX_REGION_TOKENS,
             max_batch_size=settings.max_batch_size,
             max_concurrent_requests=settings.max_concurrent_requests,
+            max_requests_per_peer=settings.max_requests_per_peer or settings.max_concurrent_requests,
+            max_stream_items=settings.max_stream_items,
         ),
         default_beam_width=manifest.default_beam_width,
     )
     response.index_create_time.FromDatetime(manifest.create_time)
     return response
+
+
+def peer_address(context: Any) -> str:  # noqa: ANN401
+    """Who calls: the address without the port."""
+    peer: str = context.peer()
+    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
+
+
+def _look_up(handle: VersionHandle, look_up: Callable[[CellTree], _Result]) -> _Result:
+    with handle.use() as locator:
+        return look_up(locator.tree)
 
 
 def _sentences(*parts: str) -> str:

@@ -1,85 +1,810 @@
-"""The index versions that requests can be answered from, and who is using them.
+"""The index versions of a server: the state of each, what to do next, and who is using them.
+
+| state | meaning | leads to |
+|---|---|---|
+| LOADING | read and checked beside the others | READY, FAILED |
+| READY | loaded; answers requests that name it | ACTIVE, DRAINING |
+| ACTIVE | loaded; answers requests that name no version | READY, DRAINING (only to make room for its successor) |
+| DRAINING | takes no new requests | UNLOADED, when those that it has are answered |
+| UNLOADED | in the store alone | LOADING |
+| FAILED | could not be loaded; the reason is kept | LOADING |
 
 A request acquires one handle when it begins and keeps it to its end, so that everything in an answer comes from one
-version however many are loaded meanwhile. A handle is immutable; what changes is which one is active.
+version however many are loaded and activated meanwhile. A handle is immutable; what changes is which one is active.
+
+What has to be done so that a version can be loaded is decided by `next_step`, a pure function. A load that fails, for
+whatever reason, changes nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import contextlib
+import enum
+import hashlib
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
-from geosurge.errors import IndexVersionUnknownError
+from geosurge import store as stores
+from geosurge.bundle import MANIFEST_FILE, read_manifest
+from geosurge.errors import (
+    BundleError,
+    BundleNotFoundError,
+    GeoSurgeError,
+    IndexVersionUnknownError,
+    LoadSupersededError,
+    NoActiveVersionError,
+    OptionOutOfRangeError,
+    ShuttingDownError,
+    StoreError,
+    VersionDoesNotFitError,
+    VersionInUseError,
+    VersionNotLoadedError,
+)
 from geosurge.locator import Locator
+from geosurge.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, eq=False)
+class VersionState(enum.Enum):
+    """Where a version is in its life; see the module's table."""
+
+    LOADING = "loading"
+    READY = "ready"
+    ACTIVE = "active"
+    DRAINING = "draining"
+    UNLOADED = "unloaded"
+    FAILED = "failed"
+
+
+LOADED_STATES = frozenset({VersionState.READY, VersionState.ACTIVE})
+"""States in which requests may name a version."""
+
+
 class VersionHandle:
     """One loaded index bundle.
+
+    A request that is cancelled lets go of its version at once, while a thread may still work for it. So whatever runs
+    on a thread uses the version inside `use`, and `close` waits for it.
 
     Attributes:
         name: Name of the bundle; every answer carries it.
         locator: The bundle, opened.
     """
 
+    def __init__(self, name: str, locator: Locator) -> None:
+        self.name: Final = name
+        self.locator: Final = locator
+        self._changed = threading.Condition()
+        self._users = 0
+        self._closed = False
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[Locator]:
+        """Keeps the version open inside the ``with`` block, on any thread.
+
+        Raises:
+            IndexVersionUnknownError: It has been closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise IndexVersionUnknownError(f"index version {self.name!r} has been unloaded")
+            self._users += 1
+        try:
+            yield self.locator
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Frees the version when no thread works with it any more."""
+        with self._changed:
+            self._closed = True
+            while self._users:
+                self._changed.wait()
+        self.locator.close()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What loading a version takes, read from its manifest.
+
+    Attributes:
+        memory_bytes: Estimate of what it adds to the memory in use.
+        available_bytes: What is free where it would go.
+        create_time: When the bundle was built.
+        encoder_sha256: Its encoder; empty when it has none.
+    """
+
+    memory_bytes: int
+    available_bytes: int
+    create_time: datetime
+    encoder_sha256: str
+
+
+class LoadProgress:
+    """A load that is under way, as its thread and the event loop see it."""
+
+    def __init__(self) -> None:
+        self.step = "waiting"
+        self.fraction = 0.0
+        self._reason = ""
+        self._given_up = threading.Event()
+
+    def give_up(self, reason: str) -> None:
+        """Makes the load end with `LoadSupersededError` at its next step."""
+        self._reason = reason
+        self._given_up.set()
+
+    def report(self, step: str, fraction: float) -> None:
+        """Says what is being done now, and how much of everything is done, 0 to 1.
+
+        Raises:
+            LoadSupersededError: Nobody wants the load any more.
+        """
+        self.step, self.fraction = step, fraction
+        if self._given_up.is_set():
+            raise LoadSupersededError(f"the load gave up: {self._reason}; ask again if it is still wanted")
+
+
+class VersionLoader(Protocol):
+    """What opens and closes versions; `geosurge.server.loader.Loader` is the one that does."""
+
+    async def needs(self, path: Path) -> Needs:
+        """Reads what loading a bundle takes."""
+
+    async def open(self, name: str, path: Path, progress: LoadProgress, *, beside_traffic: bool) -> VersionHandle:
+        """Reads and checks a bundle."""
+
+    async def close(self, handle: VersionHandle) -> None:
+        """Frees a version."""
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A version that takes memory, as the policy sees it.
+
+    Attributes:
+        name: Its name.
+        state: READY, ACTIVE or DRAINING.
+        last_wanted: Grows with every request to load or activate a version; orders them by age.
+        is_canary: Whether a share of the traffic goes to it.
+    """
+
     name: str
-    locator: Locator
+    state: VersionState
+    last_wanted: int
+    is_canary: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """There is room: load the version."""
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Unload a version first."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class WaitForDrain:
+    """A version is on its way out; what it frees may suffice."""
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """There is no room, and none can be made."""
+
+    reason: str
+
+
+Step: TypeAlias = Load | Unload | WaitForDrain | Refuse
+
+
+def next_step(
+    needed_bytes: int,
+    available_bytes: int,
+    residents: Sequence[Resident],
+    *,
+    max_versions: int,
+    unload_first: bool = False,
+) -> Step:
+    """Decides what to do next so that one more version can be loaded; ask again after each step.
+
+    Versions that nothing sends traffic to make room first, the one that was wanted longest ago before the others. The
+    active version and the canary are left alone, except that ``unload_first`` gives up the active one in the end.
+
+    Args:
+        needed_bytes: Estimate of what the version takes.
+        available_bytes: Memory that is free.
+        residents: The versions in memory.
+        max_versions: Versions that may be in memory at once.
+        unload_first: Whether traffic may be refused in between.
+    """
+    fits_count = len(residents) < max_versions
+    if fits_count and needed_bytes <= available_bytes:
+        return Load()
+    if any(version.state is VersionState.DRAINING for version in residents):
+        return WaitForDrain()
+    spare = [version for version in residents if version.state is VersionState.READY and not version.is_canary]
+    if spare:
+        return Unload(min(spare, key=lambda version: version.last_wanted).name)
+    active = [version for version in residents if version.state is VersionState.ACTIVE]
+    if unload_first and active:
+        return Unload(active[0].name)
+    if not fits_count:
+        names = ", ".join(version.name for version in residents)
+        return Refuse(
+            f"{len(residents)} versions are loaded ({names}), as many as max_loaded_versions allows, and all have "
+            "traffic; end the canary, or ask to unload first"
+        )
+    return Refuse(
+        f"it takes about {needed_bytes / 1e6:,.0f} MB and {available_bytes / 1e6:,.0f} MB are free; free memory, or "
+        "ask to unload first"
+    )
+
+
+@dataclass(frozen=True)
+class VersionStatus:
+    """What is known of one version; times are UTC.
+
+    Attributes:
+        name: Its name.
+        state: Its state.
+        state_time: When it got into it; ``None`` when it never left the store.
+        failure: Why it could not be loaded.
+        load_step: What a load is doing.
+        load_progress: How far it is, 0 to 1.
+        request_count: Requests that are being answered from it.
+        memory_bytes: Estimate of what it takes; 0 when it was never read.
+        canary_share: Share of the traffic that it gets as a canary.
+        create_time: When the bundle was built.
+        encoder_sha256: Its encoder.
+    """
+
+    name: str
+    state: VersionState
+    state_time: datetime | None = None
+    failure: GeoSurgeError | None = None
+    load_step: str = ""
+    load_progress: float = 0.0
+    request_count: int = 0
+    memory_bytes: int = 0
+    canary_share: float = 0.0
+    create_time: datetime | None = None
+    encoder_sha256: str = ""
+
+
+@dataclass(eq=False)
+class _Version:
+    """Everything about one version that changes."""
+
+    name: str
+    state: VersionState = VersionState.UNLOADED
+    state_time: datetime | None = None
+    handle: VersionHandle | None = None
+    failure: GeoSurgeError | None = None
+    progress: LoadProgress | None = None
+    needs: Needs | None = None
+    users: int = 0
+    unused: asyncio.Event = field(default_factory=asyncio.Event)
+    drain: asyncio.Task[None] | None = None
+    last_wanted: int = 0
+
+    def enter(self, state: VersionState) -> None:
+        """Changes the state."""
+        self.state, self.state_time = state, datetime.now(UTC)
 
 
 class Versions:
-    """The loaded versions with the number of requests on each; all methods belong to one event loop."""
+    """The versions of one server; all methods belong to one event loop.
 
-    def __init__(self, active: VersionHandle) -> None:
-        self._loaded = {active.name: active}
-        self._active = active
-        self._users: Counter[VersionHandle] = Counter()
-        self._unused = asyncio.Event()
-        self._unused.set()
+    Changes are made one after the other. A newer one makes a load that is under way for an older one give up.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        loader: VersionLoader,
+        *,
+        max_versions: int = 2,
+        metrics: Metrics | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Takes note of where bundles are; nothing is loaded yet.
+
+        Args:
+            source: A store, or one bundle, which is then the only version.
+            loader: Opens and closes versions.
+            max_versions: Versions that may be in memory at once.
+            metrics: Told of loads and swaps.
+            on_change: Called when another version, or none, has become the active one.
+        """
+        is_bundle = (source / MANIFEST_FILE).exists()
+        self._store = None if is_bundle else source
+        self._bundle = (read_manifest(source).name, source) if is_bundle else None
+        self._loader = loader
+        self._max_versions = max_versions
+        self._metrics = metrics or Metrics()
+        self._on_change = on_change
+        self._versions: dict[str, _Version] = {}
+        self._active: _Version | None = None
+        self._canary: tuple[_Version, float] | None = None
+        self._loading: tuple[_Version, asyncio.Task[None]] | None = None
+        self._pointer = asyncio.Lock()
+        self._wishes = itertools.count(1)
+        self._latest_switch = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
 
     @property
     def active(self) -> VersionHandle:
-        """The version that answers requests which name none."""
-        return self._active
+        """The version that answers requests which name none.
+
+        Raises:
+            NoActiveVersionError: There is none at the moment.
+        """
+        if self._active is None or self._active.handle is None:
+            raise _no_active_version()
+        return self._active.handle
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests that name no version are answered."""
+        return self._active is not None and not self._closing
 
     @property
     def loaded(self) -> tuple[VersionHandle, ...]:
         """All versions that requests may name."""
-        return tuple(self._loaded.values())
+        return tuple(
+            version.handle
+            for version in self._versions.values()
+            if version.handle is not None and version.state in LOADED_STATES
+        )
 
-    @asynccontextmanager
-    async def acquire(self, name: str = "") -> AsyncIterator[VersionHandle]:
+    @contextlib.contextmanager
+    def acquire(self, name: str = "", request_id: str = "") -> Iterator[VersionHandle]:
         """Keeps a version in use inside the ``with`` block.
 
         Args:
-            name: Name of a loaded version; empty means the active one.
+            name: Name of a loaded version; empty means the active one, or the canary for its share of the requests.
+            request_id: Decides between the two; the same one always gets the same version.
 
         Raises:
             IndexVersionUnknownError: No loaded version has this name.
+            NoActiveVersionError: There is no active version at the moment.
         """
-        handle = self._loaded.get(name) if name else self._active
-        if handle is None:
-            raise IndexVersionUnknownError(
-                f"index version {name!r} is not loaded; loaded: {', '.join(self._loaded)}. Leave it empty for the "
-                "active one"
-            )
-        self._users[handle] += 1
-        self._unused.clear()
+        version = self._choose(name, request_id)
+        assert version.handle is not None
+        version.users += 1
         try:
-            yield handle
+            yield version.handle
         finally:
-            self._users[handle] -= 1
-            if self._users[handle] == 0:
-                del self._users[handle]
-            if not self._users:
-                self._unused.set()
+            version.users -= 1
+            if version.users == 0:
+                version.unused.set()
 
     def users(self, name: str) -> int:
         """Number of requests that are using a version."""
-        return sum(count for handle, count in self._users.items() if handle.name == name)
+        version = self._versions.get(name)
+        return 0 if version is None else version.users
 
-    async def wait_until_unused(self) -> None:
-        """Returns when no request uses any version."""
-        await self._unused.wait()
+    def status(self, name: str) -> VersionStatus:
+        """What is known of a version.
+
+        Raises:
+            BundleNotFoundError: Neither the server nor its store has it.
+        """
+        version = self._versions.get(name)
+        if version is None:
+            self._path(name)
+            return VersionStatus(name, VersionState.UNLOADED)
+        needs, progress = version.needs, version.progress
+        return VersionStatus(
+            name=name,
+            state=version.state,
+            state_time=version.state_time,
+            failure=version.failure,
+            load_step=progress.step if progress is not None else "",
+            load_progress=progress.fraction if progress is not None else 0.0,
+            request_count=version.users,
+            memory_bytes=0 if needs is None else needs.memory_bytes,
+            canary_share=self._canary[1] if self._canary is not None and self._canary[0] is version else 0.0,
+            create_time=None if needs is None else needs.create_time,
+            encoder_sha256="" if needs is None else needs.encoder_sha256,
+        )
+
+    async def statuses(self) -> list[VersionStatus]:
+        """All versions that were ever asked for and all bundles of the store, by name."""
+        known = {name: self.status(name) for name in self._versions}
+        if self._store is not None:
+            for entry in await asyncio.to_thread(stores.list_bundles, self._store):
+                if entry.name not in known:
+                    failure = None if entry.problem is None else BundleError(entry.problem)
+                    known[entry.name] = VersionStatus(
+                        entry.name, VersionState.UNLOADED, failure=failure, create_time=entry.create_time
+                    )
+        return [known[name] for name in sorted(known)]
+
+    async def start(self) -> VersionHandle:
+        """Loads and activates what the source says is active.
+
+        Raises:
+            BundleError: The bundle cannot be used.
+            StoreError: The store's pointer is damaged.
+            EncoderError: The encoder cannot be loaded.
+        """
+        await self._switch(self._current(), lambda: None, kind="start")
+        return self.active
+
+    def load(self, name: str) -> VersionStatus:
+        """Starts to load a version; does nothing when it is loaded or being loaded.
+
+        Raises:
+            BundleNotFoundError: The store has no such bundle.
+            ShuttingDownError: The server is stopping.
+        """
+        self._wish(name)
+        self._start_load(name, unload_first=False)
+        return self.status(name)
+
+    async def activate(self, name: str, *, unload_first: bool = False) -> str:
+        """Makes a version the active one, here and in the store, after loading it where it is not.
+
+        Goes on to its end when the caller is cancelled.
+
+        Returns:
+            The version that was active before; empty when none was.
+
+        Raises:
+            GeoSurgeError: It cannot be used, does not fit, or a newer request wants another one. Nothing has changed.
+        """
+        switch = self._switch(name, lambda: self._write_pointer(name), unload_first=unload_first, kind="activate")
+        return await asyncio.shield(self._track(switch))
+
+    async def rollback(self) -> tuple[str, str]:
+        """Activates the version that the store says was active before.
+
+        Returns:
+            The version that is active now, and the one that was until now.
+
+        Raises:
+            StoreError: There is none to go back to.
+            GeoSurgeError: As `activate`.
+        """
+        if self._store is None:
+            raise StoreError("this server serves one bundle and no store, so that there is nothing to go back to")
+        store = self._store
+        target = await asyncio.to_thread(stores.rollback_target, store)
+        switch = self._switch(target, lambda: stores.rollback(store, to=target), kind="rollback")
+        return target, await asyncio.shield(self._track(switch))
+
+    async def follow_store(self) -> None:
+        """Activates what the store's pointer names now, such as after somebody else has moved it.
+
+        Raises:
+            GeoSurgeError: As `activate`.
+        """
+        await asyncio.shield(self._track(self._switch(self._current(), lambda: None, kind="reload")))
+
+    def unload(self, name: str) -> VersionStatus:
+        """Frees a version as soon as its requests are answered; makes a load of it give up.
+
+        Raises:
+            VersionInUseError: It is the active version or the canary.
+            BundleNotFoundError: Neither the server nor its store has it.
+        """
+        version = self._versions.get(name)
+        if version is None:
+            return self.status(name)
+        if version is self._active:
+            raise VersionInUseError(f"version {name!r} is active; activate another one first")
+        if self._canary is not None and version is self._canary[0]:
+            raise VersionInUseError(f"version {name!r} is the canary; end the canary first")
+        if version.state is VersionState.LOADING and version.progress is not None:
+            version.progress.give_up("it was asked to be unloaded")
+        elif version.state is VersionState.READY:
+            self._drain(version)
+        return self.status(name)
+
+    def set_canary(self, name: str, share: float) -> VersionStatus | None:
+        """Sends a share of the requests that name no version to a second one.
+
+        Args:
+            name: A loaded version; empty ends the canary.
+            share: From 0 to 1.
+
+        Raises:
+            OptionOutOfRangeError: The share is not a number from 0 to 1.
+            VersionNotLoadedError: The version is not loaded.
+            VersionInUseError: It is the active version.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise OptionOutOfRangeError(f"the share of a canary is {share}; it must be from 0 to 1")
+        if not name:
+            self._canary = None
+            return None
+        version = self._versions.get(name)
+        if version is None or version.state not in LOADED_STATES:
+            raise VersionNotLoadedError(f"version {name!r} is not loaded; load it before it becomes a canary")
+        if version is self._active:
+            raise VersionInUseError(f"version {name!r} is active and has all the traffic; a canary is another one")
+        self._canary = (version, share)
+        return self.status(name)
+
+    async def close(self) -> None:
+        """Gives up loads, waits until no request uses any version, and frees all."""
+        self._closing = True
+        if self._loading is not None:
+            version, loading = self._loading
+            if version.progress is not None:
+                version.progress.give_up("the server is stopping")
+            await asyncio.wait([loading])
+        self._canary = None
+        self._active = None
+        for version in list(self._versions.values()):
+            if version.state in LOADED_STATES:
+                self._drain(version)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _choose(self, name: str, request_id: str) -> _Version:
+        if name:
+            version = self._versions.get(name)
+            if version is None or version.state not in LOADED_STATES:
+                loaded = ", ".join(handle.name for handle in self.loaded)
+                raise IndexVersionUnknownError(
+                    f"index version {name!r} is not loaded; loaded: {loaded}. Leave it empty for the active one"
+                )
+            return version
+        if self._canary is not None and _position(request_id) < self._canary[1]:
+            return self._canary[0]
+        if self._active is None:
+            raise _no_active_version()
+        return self._active
+
+    def _wish(self, name: str) -> int:
+        """Notes that somebody wants a version now, and gives up what is being loaded for an older wish."""
+        if self._closing:
+            raise ShuttingDownError("the server is stopping")
+        self._path(name)
+        if self._loading is not None:
+            other = self._loading[0]
+            if other.name != name and other.progress is not None:
+                other.progress.give_up(f"version {name!r} was asked for after it")
+        version = self._versions.setdefault(name, _Version(name))
+        version.last_wanted = next(self._wishes)
+        return version.last_wanted
+
+    def _start_load(self, name: str, *, unload_first: bool) -> asyncio.Task[None] | None:
+        """The task that loads a version; ``None`` when it is loaded."""
+        version = self._versions[name]
+        if version.state in LOADED_STATES:
+            return None
+        if self._loading is not None and self._loading[0] is version and version.progress is not None:
+            return self._loading[1]
+        previous = None if self._loading is None else self._loading[1]
+        version.progress, version.failure = LoadProgress(), None
+        if version.state is not VersionState.DRAINING:
+            version.enter(VersionState.LOADING)
+        task = self._track(self._load(version, version.progress, previous, unload_first=unload_first))
+        self._loading = (version, task)
+        return task
+
+    def _track(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
+        """Runs something that goes on when its caller is cancelled; `close` waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # Whoever waits for it is told; when nobody does, the state of the version says it.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return task
+
+    async def _load(
+        self, version: _Version, progress: LoadProgress, previous: asyncio.Task[None] | None, *, unload_first: bool
+    ) -> None:
+        begun = time.perf_counter()
+        replaced: _Version | None = None
+        try:
+            if previous is not None:
+                await asyncio.wait([previous])
+            if version.drain is not None:
+                await asyncio.wait([version.drain])
+            version.enter(VersionState.LOADING)
+            replaced = await self._make_room(version, progress, unload_first=unload_first)
+            beside_traffic = self._active is not None
+            path = self._path(version.name)
+            version.handle = await self._loader.open(version.name, path, progress, beside_traffic=beside_traffic)
+        except Exception as error:
+            failure = error if isinstance(error, GeoSurgeError) else GeoSurgeError(f"{type(error).__name__}: {error}")
+            version.failure = failure
+            version.enter(VersionState.FAILED)
+            superseded = isinstance(error, LoadSupersededError)
+            self._metrics.load_ended("superseded" if superseded else "failed", time.perf_counter() - begun)
+            logger.warning("load failed", extra={"index_version": version.name, "reason": str(failure)})
+            if not isinstance(error, GeoSurgeError):
+                logger.exception("unexpected failure while loading", extra={"index_version": version.name})
+            if replaced is not None:
+                await self._bring_back(replaced)
+            if failure is error:
+                raise
+            raise failure from error
+        else:
+            version.enter(VersionState.READY)
+            self._metrics.load_ended("ready", time.perf_counter() - begun)
+            logger.info("loaded", extra={"index_version": version.name})
+            if replaced is not None:
+                # Nothing is active, and this load was asked for to be activated.
+                self._point_at(version, "activate")
+        finally:
+            version.progress = None
+            if self._loading is not None and self._loading[0] is version:
+                self._loading = None
+
+    async def _make_room(self, version: _Version, progress: LoadProgress, *, unload_first: bool) -> _Version | None:
+        """Unloads what has to go; returns the active version when it was among it."""
+        replaced: _Version | None = None
+        while True:
+            progress.report("making room", 0.0)
+            version.needs = await self._loader.needs(self._path(version.name))
+            residents = [
+                Resident(
+                    other.name,
+                    other.state,
+                    other.last_wanted,
+                    is_canary=self._canary is not None and self._canary[0] is other,
+                )
+                for other in self._versions.values()
+                if other.state in LOADED_STATES or other.state is VersionState.DRAINING
+            ]
+            step = next_step(
+                version.needs.memory_bytes,
+                version.needs.available_bytes,
+                residents,
+                max_versions=self._max_versions,
+                unload_first=unload_first,
+            )
+            match step:
+                case Load():
+                    return replaced
+                case Unload(name):
+                    leaving = self._versions[name]
+                    if leaving is self._active:
+                        replaced, self._active = leaving, None
+                        self._metrics.set_active("")
+                        self._on_change()
+                    await asyncio.wait([self._drain(leaving)])
+                case WaitForDrain():
+                    drains = [other.drain for other in self._versions.values() if other.drain is not None]
+                    await asyncio.wait(drains)
+                case Refuse(reason):
+                    if replaced is not None:
+                        await self._bring_back(replaced)
+                    raise VersionDoesNotFitError(f"version {version.name!r} was not loaded: {reason}")
+
+    async def _bring_back(self, replaced: _Version) -> None:
+        """Loads the version again that was given up for one that cannot be used."""
+        if self._closing:
+            return
+        try:
+            replaced.enter(VersionState.LOADING)
+            path = self._path(replaced.name)
+            replaced.handle = await self._loader.open(replaced.name, path, LoadProgress(), beside_traffic=False)
+        except GeoSurgeError as error:
+            replaced.failure = error
+            replaced.enter(VersionState.FAILED)
+            logger.exception("the version before could not be loaded again", extra={"index_version": replaced.name})
+        else:
+            self._point_at(replaced, "activate")
+
+    async def _switch(
+        self, name: str, write_pointer: Callable[[], object], *, kind: str, unload_first: bool = False
+    ) -> str:
+        wish = self._latest_switch = self._wish(name)
+        loading = self._start_load(name, unload_first=unload_first)
+        before = "" if self._active is None else self._active.name
+        if loading is not None:
+            await asyncio.shield(loading)
+        async with self._pointer:
+            if wish != self._latest_switch:
+                raise LoadSupersededError(
+                    f"version {name!r} was not activated, because another version was asked for after it"
+                )
+            version = self._versions[name]
+            if version.state not in LOADED_STATES:
+                raise LoadSupersededError(f"version {name!r} was unloaded before it could be activated")
+            # The store first: a server that dies here starts with the new version, which has passed every check.
+            await asyncio.to_thread(_write, write_pointer)
+            if self._active is not version:
+                before = "" if self._active is None else self._active.name
+            self._point_at(version, kind)
+        return "" if before == name else before
+
+    def _point_at(self, version: _Version, kind: str) -> None:
+        before = self._active
+        if version is before:
+            return
+        if before is not None:
+            before.enter(VersionState.READY)
+        if self._canary is not None and self._canary[0] is version:
+            self._canary = None
+        version.enter(VersionState.ACTIVE)
+        self._active = version
+        self._metrics.set_active(version.name)
+        self._metrics.swapped(kind)
+        self._on_change()
+        logger.info(
+            "activated", extra={"index_version": version.name, "previous_version": before.name if before else ""}
+        )
+
+    def _drain(self, version: _Version) -> asyncio.Task[None]:
+        """Takes a version away from new requests; the task frees it when it has none left."""
+        version.enter(VersionState.DRAINING)
+        version.drain = self._track(self._free(version))
+        return version.drain
+
+    async def _free(self, version: _Version) -> None:
+        while version.users:
+            version.unused.clear()
+            await version.unused.wait()
+        handle, version.handle = version.handle, None
+        try:
+            if handle is not None:
+                await self._loader.close(handle)
+        finally:
+            version.enter(VersionState.UNLOADED)
+            version.drain = None
+        self._metrics.swapped("unload")
+        logger.info("unloaded", extra={"index_version": version.name})
+
+    def _path(self, name: str) -> Path:
+        """Where a version's bundle is."""
+        if self._store is not None:
+            return stores.bundle_path(self._store, name)
+        assert self._bundle is not None
+        only, path = self._bundle
+        if name != only:
+            raise BundleNotFoundError(f"this server serves the one bundle {only!r} and no store; it has no {name!r}")
+        return path
+
+    def _current(self) -> str:
+        """The version that the source says is active."""
+        if self._store is not None:
+            return stores.resolve_bundle(self._store).name
+        assert self._bundle is not None
+        return self._bundle[0]
+
+    def _write_pointer(self, name: str) -> None:
+        if self._store is not None:
+            stores.activate(self._store, name)
+
+
+def _position(request_id: str) -> float:
+    """A number from 0 to 1 that depends on the id alone."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def _no_active_version() -> NoActiveVersionError:
+    return NoActiveVersionError("no index version is active while one is exchanged for another; try again soon")
+
+
+def _write(write_pointer: Callable[[], object]) -> None:
+    try:
+        write_pointer()
+    except OSError as error:
+        raise StoreError(f"the store cannot be written, so that nothing was activated: {error}") from error

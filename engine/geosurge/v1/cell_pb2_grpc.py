@@ -34,7 +34,7 @@ class CellServiceStub(object):
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
-    | RESOURCE_EXHAUSTED  | OVERLOADED (with RetryInfo)                                        |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo)                  |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """
@@ -71,7 +71,7 @@ class CellServiceServicer(object):
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
-    | RESOURCE_EXHAUSTED  | OVERLOADED (with RetryInfo)                                        |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo)                  |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """
@@ -132,7 +132,7 @@ class CellService(object):
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
-    | RESOURCE_EXHAUSTED  | OVERLOADED (with RetryInfo)                                        |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo)                  |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """

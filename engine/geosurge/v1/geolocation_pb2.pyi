@@ -162,7 +162,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_image_bytes", "max_image_pixels", "min_image_side_px", "max_top_k", "max_beam_width", "max_region_tokens", "max_batch_size", "max_concurrent_requests")
+    __slots__ = ("max_image_bytes", "max_image_pixels", "min_image_side_px", "max_top_k", "max_beam_width", "max_region_tokens", "max_batch_size", "max_concurrent_requests", "max_requests_per_peer", "max_stream_items")
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MIN_IMAGE_SIDE_PX_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,8 @@ class Limits(_message.Message):
     MAX_REGION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONCURRENT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUESTS_PER_PEER_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAM_ITEMS_FIELD_NUMBER: _ClassVar[int]
     max_image_bytes: int
     max_image_pixels: int
     min_image_side_px: int
@@ -179,7 +181,9 @@ class Limits(_message.Message):
     max_region_tokens: int
     max_batch_size: int
     max_concurrent_requests: int
-    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., min_image_side_px: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_beam_width: _Optional[int] = ..., max_region_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_concurrent_requests: _Optional[int] = ...) -> None: ...
+    max_requests_per_peer: int
+    max_stream_items: int
+    def __init__(self, max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., min_image_side_px: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_beam_width: _Optional[int] = ..., max_region_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., max_concurrent_requests: _Optional[int] = ..., max_requests_per_peer: _Optional[int] = ..., max_stream_items: _Optional[int] = ...) -> None: ...
 
 class LevelInfo(_message.Message):
     __slots__ = ("level", "cell_count")

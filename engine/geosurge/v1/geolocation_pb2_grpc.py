@@ -39,9 +39,12 @@ class GeolocationServiceStub(object):
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED  | OVERLOADED (with google.rpc.RetryInfo)                               |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo)         |
     | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
-    | UNAVAILABLE         | SHUTTING_DOWN                                                        |
+    | UNAVAILABLE         | SHUTTING_DOWN, STREAM_LIMIT, NO_ACTIVE_VERSION (while a version is   |
+    |                     | exchanged for one that does not fit beside it)                       |
+    | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING,    |
+    | PERMISSION_DENIED   | CREDENTIALS_INVALID, CREDENTIALS_EXPIRED, PERMISSION_DENIED          |
     | INTERNAL            | INTERNAL                                                             |
 
     The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice
@@ -85,9 +88,12 @@ class GeolocationServiceServicer(object):
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED  | OVERLOADED (with google.rpc.RetryInfo)                               |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo)         |
     | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
-    | UNAVAILABLE         | SHUTTING_DOWN                                                        |
+    | UNAVAILABLE         | SHUTTING_DOWN, STREAM_LIMIT, NO_ACTIVE_VERSION (while a version is   |
+    |                     | exchanged for one that does not fit beside it)                       |
+    | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING,    |
+    | PERMISSION_DENIED   | CREDENTIALS_INVALID, CREDENTIALS_EXPIRED, PERMISSION_DENIED          |
     | INTERNAL            | INTERNAL                                                             |
 
     The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice
@@ -155,9 +161,12 @@ class GeolocationService(object):
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED  | OVERLOADED (with google.rpc.RetryInfo)                               |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo)         |
     | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
-    | UNAVAILABLE         | SHUTTING_DOWN                                                        |
+    | UNAVAILABLE         | SHUTTING_DOWN, STREAM_LIMIT, NO_ACTIVE_VERSION (while a version is   |
+    |                     | exchanged for one that does not fit beside it)                       |
+    | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING,    |
+    | PERMISSION_DENIED   | CREDENTIALS_INVALID, CREDENTIALS_EXPIRED, PERMISSION_DENIED          |
     | INTERNAL            | INTERNAL                                                             |
 
     The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice

@@ -26,15 +26,15 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17geosurge/v1/index.proto\x12\x0bgeosurge.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xd1\x02\n\x0cIndexVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.geosurge.v1.VersionState\x12#\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x11\n\tload_step\x18\x04 \x01(\t\x12\x15\n\rload_progress\x18\x05 \x01(\x01\x12\x15\n\rrequest_count\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x14\n\x0c\x63\x61nary_share\x18\x08 \x01(\x01\x12.\n\nstate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x65ncoder_sha256\x18\x0b \x01(\t\"\x15\n\x13ListVersionsRequest\"[\n\x14ListVersionsResponse\x12+\n\x08versions\x18\x01 \x03(\x0b\x32\x19.geosurge.v1.IndexVersion\x12\x16\n\x0e\x61\x63tive_version\x18\x02 \x01(\t\"!\n\x11GetVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x12GetVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\"8\n\x12LoadVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cunload_first\x18\x02 \x01(\x08\"A\n\x13LoadVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\"<\n\x16\x41\x63tivateVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cunload_first\x18\x02 \x01(\x08\"_\n\x17\x41\x63tivateVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\x12\x18\n\x10previous_version\x18\x02 \x01(\t\"\x18\n\x16RollbackVersionRequest\"_\n\x17RollbackVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\x12\x18\n\x10previous_version\x18\x02 \x01(\t\"$\n\x14UnloadVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"C\n\x15UnloadVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\"/\n\x10SetCanaryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\"?\n\x11SetCanaryResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion*\xcd\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VERSION_STATE_LOADING\x10\x01\x12\x17\n\x13VERSION_STATE_READY\x10\x02\x12\x18\n\x14VERSION_STATE_ACTIVE\x10\x03\x12\x1a\n\x16VERSION_STATE_DRAINING\x10\x04\x12\x1a\n\x16VERSION_STATE_UNLOADED\x10\x05\x12\x18\n\x14VERSION_STATE_FAILED\x10\x06\x32\xe4\x04\n\x0cIndexService\x12S\n\x0cListVersions\x12 .geosurge.v1.ListVersionsRequest\x1a!.geosurge.v1.ListVersionsResponse\x12M\n\nGetVersion\x12\x1e.geosurge.v1.GetVersionRequest\x1a\x1f.geosurge.v1.GetVersionResponse\x12P\n\x0bLoadVersion\x12\x1f.geosurge.v1.LoadVersionRequest\x1a .geosurge.v1.LoadVersionResponse\x12\\\n\x0f\x41\x63tivateVersion\x12#.geosurge.v1.ActivateVersionRequest\x1a$.geosurge.v1.ActivateVersionResponse\x12\\\n\x0fRollbackVersion\x12#.geosurge.v1.RollbackVersionRequest\x1a$.geosurge.v1.RollbackVersionResponse\x12V\n\rUnloadVersion\x12!.geosurge.v1.UnloadVersionRequest\x1a\".geosurge.v1.UnloadVersionResponse\x12J\n\tSetCanary\x12\x1d.geosurge.v1.SetCanaryRequest\x1a\x1e.geosurge.v1.SetCanaryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17geosurge/v1/index.proto\x12\x0bgeosurge.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xd1\x02\n\x0cIndexVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.geosurge.v1.VersionState\x12#\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x11\n\tload_step\x18\x04 \x01(\t\x12\x15\n\rload_progress\x18\x05 \x01(\x01\x12\x15\n\rrequest_count\x18\x06 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x04\x12\x14\n\x0c\x63\x61nary_share\x18\x08 \x01(\x01\x12.\n\nstate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x65ncoder_sha256\x18\x0b \x01(\t\"\x15\n\x13ListVersionsRequest\"[\n\x14ListVersionsResponse\x12+\n\x08versions\x18\x01 \x03(\x0b\x32\x19.geosurge.v1.IndexVersion\x12\x16\n\x0e\x61\x63tive_version\x18\x02 \x01(\t\"!\n\x11GetVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x12GetVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\"\"\n\x12LoadVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x13LoadVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\"<\n\x16\x41\x63tivateVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cunload_first\x18\x02 \x01(\x08\"_\n\x17\x41\x63tivateVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\x12\x18\n\x10previous_version\x18\x02 \x01(\t\"\x18\n\x16RollbackVersionRequest\"_\n\x17RollbackVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\x12\x18\n\x10previous_version\x18\x02 \x01(\t\"$\n\x14UnloadVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"C\n\x15UnloadVersionResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion\"/\n\x10SetCanaryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\"?\n\x11SetCanaryResponse\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.geosurge.v1.IndexVersion*\xcd\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VERSION_STATE_LOADING\x10\x01\x12\x17\n\x13VERSION_STATE_READY\x10\x02\x12\x18\n\x14VERSION_STATE_ACTIVE\x10\x03\x12\x1a\n\x16VERSION_STATE_DRAINING\x10\x04\x12\x1a\n\x16VERSION_STATE_UNLOADED\x10\x05\x12\x18\n\x14VERSION_STATE_FAILED\x10\x06\x32\xe4\x04\n\x0cIndexService\x12S\n\x0cListVersions\x12 .geosurge.v1.ListVersionsRequest\x1a!.geosurge.v1.ListVersionsResponse\x12M\n\nGetVersion\x12\x1e.geosurge.v1.GetVersionRequest\x1a\x1f.geosurge.v1.GetVersionResponse\x12P\n\x0bLoadVersion\x12\x1f.geosurge.v1.LoadVersionRequest\x1a .geosurge.v1.LoadVersionResponse\x12\\\n\x0f\x41\x63tivateVersion\x12#.geosurge.v1.ActivateVersionRequest\x1a$.geosurge.v1.ActivateVersionResponse\x12\\\n\x0fRollbackVersion\x12#.geosurge.v1.RollbackVersionRequest\x1a$.geosurge.v1.RollbackVersionResponse\x12V\n\rUnloadVersion\x12!.geosurge.v1.UnloadVersionRequest\x1a\".geosurge.v1.UnloadVersionResponse\x12J\n\tSetCanary\x12\x1d.geosurge.v1.SetCanaryRequest\x1a\x1e.geosurge.v1.SetCanaryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'geosurge.v1.index_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERSIONSTATE']._serialized_start=1284
-  _globals['_VERSIONSTATE']._serialized_end=1489
+  _globals['_VERSIONSTATE']._serialized_start=1262
+  _globals['_VERSIONSTATE']._serialized_end=1467
   _globals['_INDEXVERSION']._serialized_start=99
   _globals['_INDEXVERSION']._serialized_end=436
   _globals['_LISTVERSIONSREQUEST']._serialized_start=438
@@ -46,25 +46,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETVERSIONRESPONSE']._serialized_start=589
   _globals['_GETVERSIONRESPONSE']._serialized_end=653
   _globals['_LOADVERSIONREQUEST']._serialized_start=655
-  _globals['_LOADVERSIONREQUEST']._serialized_end=711
-  _globals['_LOADVERSIONRESPONSE']._serialized_start=713
-  _globals['_LOADVERSIONRESPONSE']._serialized_end=778
-  _globals['_ACTIVATEVERSIONREQUEST']._serialized_start=780
-  _globals['_ACTIVATEVERSIONREQUEST']._serialized_end=840
-  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_start=842
-  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_end=937
-  _globals['_ROLLBACKVERSIONREQUEST']._serialized_start=939
-  _globals['_ROLLBACKVERSIONREQUEST']._serialized_end=963
-  _globals['_ROLLBACKVERSIONRESPONSE']._serialized_start=965
-  _globals['_ROLLBACKVERSIONRESPONSE']._serialized_end=1060
-  _globals['_UNLOADVERSIONREQUEST']._serialized_start=1062
-  _globals['_UNLOADVERSIONREQUEST']._serialized_end=1098
-  _globals['_UNLOADVERSIONRESPONSE']._serialized_start=1100
-  _globals['_UNLOADVERSIONRESPONSE']._serialized_end=1167
-  _globals['_SETCANARYREQUEST']._serialized_start=1169
-  _globals['_SETCANARYREQUEST']._serialized_end=1216
-  _globals['_SETCANARYRESPONSE']._serialized_start=1218
-  _globals['_SETCANARYRESPONSE']._serialized_end=1281
-  _globals['_INDEXSERVICE']._serialized_start=1492
-  _globals['_INDEXSERVICE']._serialized_end=2104
+  _globals['_LOADVERSIONREQUEST']._serialized_end=689
+  _globals['_LOADVERSIONRESPONSE']._serialized_start=691
+  _globals['_LOADVERSIONRESPONSE']._serialized_end=756
+  _globals['_ACTIVATEVERSIONREQUEST']._serialized_start=758
+  _globals['_ACTIVATEVERSIONREQUEST']._serialized_end=818
+  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_start=820
+  _globals['_ACTIVATEVERSIONRESPONSE']._serialized_end=915
+  _globals['_ROLLBACKVERSIONREQUEST']._serialized_start=917
+  _globals['_ROLLBACKVERSIONREQUEST']._serialized_end=941
+  _globals['_ROLLBACKVERSIONRESPONSE']._serialized_start=943
+  _globals['_ROLLBACKVERSIONRESPONSE']._serialized_end=1038
+  _globals['_UNLOADVERSIONREQUEST']._serialized_start=1040
+  _globals['_UNLOADVERSIONREQUEST']._serialized_end=1076
+  _globals['_UNLOADVERSIONRESPONSE']._serialized_start=1078
+  _globals['_UNLOADVERSIONRESPONSE']._serialized_end=1145
+  _globals['_SETCANARYREQUEST']._serialized_start=1147
+  _globals['_SETCANARYREQUEST']._serialized_end=1194
+  _globals['_SETCANARYRESPONSE']._serialized_start=1196
+  _globals['_SETCANARYRESPONSE']._serialized_end=1259
+  _globals['_INDEXSERVICE']._serialized_start=1470
+  _globals['_INDEXSERVICE']._serialized_end=2082
 # @@protoc_insertion_point(module_scope)

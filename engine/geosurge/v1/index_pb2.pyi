@@ -79,12 +79,10 @@ class GetVersionResponse(_message.Message):
     def __init__(self, version: _Optional[_Union[IndexVersion, _Mapping]] = ...) -> None: ...
 
 class LoadVersionRequest(_message.Message):
-    __slots__ = ("name", "unload_first")
+    __slots__ = ("name",)
     NAME_FIELD_NUMBER: _ClassVar[int]
-    UNLOAD_FIRST_FIELD_NUMBER: _ClassVar[int]
     name: str
-    unload_first: bool
-    def __init__(self, name: _Optional[str] = ..., unload_first: bool = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class LoadVersionResponse(_message.Message):
     __slots__ = ("version",)

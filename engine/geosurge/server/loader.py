@@ -1,0 +1,318 @@
+"""Opens and closes index versions beside live traffic, on one thread of its own.
+
+Before a version may answer anything it passes this gate, step by step:
+
+1. the manifest is of a readable schema and every file is there with its size;
+2. every byte has the recorded SHA-256, and is copied into a private directory while it is read: what was checked is
+   what is served, whatever happens to the bundle's own files afterwards;
+3. the indexes and the tree open, and every id of every list is where it belongs;
+4. the encoder is the one that the indexes were built with; a loaded version with the same encoder shares it;
+5. manifest, tree and indexes agree, golden queries and golden images get their recorded answers;
+6. a batch of the largest size goes through.
+
+Reading is throttled to half of the thread's time. What computes with all cores (the last two steps) takes its turn
+between two batches of the live versions, because two computations at once take many times as long as one after the
+other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from geosurge.bundle import (
+    ENCODER_DIRECTORY,
+    Bundle,
+    check_encoder_identity,
+    check_golden_images,
+    check_index,
+    open_bundle,
+)
+from geosurge.encoder.model import ImageEncoder
+from geosurge.errors import BundleCorruptError, BundleInconsistentError, BundlePartialError, GeoSurgeError
+from geosurge.images import ImageLimits
+from geosurge.location import LocateOptions
+from geosurge.locator import Locator
+from geosurge.server.versions import LoadProgress, Needs, VersionHandle
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_CHUNK_BYTES: Final = 1 << 20
+_REST: Final = 1.0
+"""Seconds of rest for a second of reading, beside traffic."""
+
+_PRIVATE_PREFIX: Final = "geosurge-load-"
+_READ_SHARE: Final = 0.6
+"""Part of a load's progress that is reading."""
+
+
+class Loader:
+    """Opens and closes versions; one thread does both, because FAISS must not do them at the same time.
+
+    Attributes:
+        device: Where versions are loaded to.
+    """
+
+    def __init__(
+        self,
+        between_batches: Callable[[Callable[[], None]], Future[None]],
+        *,
+        device: str,
+        limits: ImageLimits,
+        max_batch_size: int,
+        scratch: Path | None = None,
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            between_batches: Runs a function where the live versions compute, between two of their batches.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+            limits: What versions accept as an image.
+            max_batch_size: Size of the batch that a version must stand.
+            scratch: Directory for the private copies; by default the system's for temporary files.
+        """
+        self.device = device
+        self._between_batches = between_batches
+        self._limits = limits
+        self._max_batch_size = max_batch_size
+        self._scratch = Path(tempfile.gettempdir()) if scratch is None else scratch
+        self._thread = ThreadPoolExecutor(1, "geosurge-loader")
+        self._encoders: weakref.WeakValueDictionary[str, ImageEncoder] = weakref.WeakValueDictionary()
+        self._thread.submit(_remove_abandoned_copies, self._scratch)
+
+    async def needs(self, path: Path) -> Needs:
+        """Reads what loading a bundle takes.
+
+        Raises:
+            BundleError: It cannot be opened.
+        """
+        return await self._on_thread(self._needs, path)
+
+    async def open(self, name: str, path: Path, progress: LoadProgress, *, beside_traffic: bool) -> VersionHandle:
+        """Loads a bundle through the gate.
+
+        Args:
+            name: The name that it must have.
+            path: The bundle.
+            progress: Told of each step; may end the load.
+            beside_traffic: Leave time to those that are served.
+
+        Raises:
+            BundleError: The bundle cannot be used.
+            EncoderError: Its encoder cannot be loaded.
+            LoadSupersededError: The load was given up.
+        """
+        return await self._on_thread(self._open, name, path, progress, _REST if beside_traffic else 0.0)
+
+    async def close(self, handle: VersionHandle) -> None:
+        """Frees a version that no request uses."""
+        await self._on_thread(handle.close)
+
+    def stop(self) -> None:
+        """Ends the thread after what it was asked for."""
+        self._thread.shutdown(wait=True)
+
+    async def _on_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def _needs(self, path: Path) -> Needs:
+        manifest = open_bundle(path).manifest
+        encoder = manifest.encoder
+        shared = encoder is not None and encoder.sha256 in self._encoders
+        memory = sum(info.size for name, info in manifest.files.items() if not name.startswith(f"{ENCODER_DIRECTORY}/"))
+        # Exact searches decode the leaves.
+        memory += 4 * manifest.levels[-1].cells * manifest.dimension
+        if encoder is not None and not shared:
+            memory += 4 * encoder.parameters
+        return Needs(
+            memory_bytes=memory,
+            available_bytes=available_memory_bytes(self.device),
+            create_time=manifest.create_time,
+            encoder_sha256="" if encoder is None else encoder.sha256,
+        )
+
+    def _open(self, name: str, path: Path, progress: LoadProgress, rest: float) -> VersionHandle:
+        try:
+            return self._pass_gate(name, path, progress, rest)
+        except FileNotFoundError as error:
+            raise BundlePartialError(f"{error.filename or path} vanished while it was loaded") from error
+        except OSError as error:
+            raise BundleCorruptError(f"{path} cannot be loaded: {error}") from error
+
+    def _pass_gate(self, name: str, path: Path, progress: LoadProgress, rest: float) -> VersionHandle:
+        progress.report("reading the manifest", 0.0)
+        bundle = open_bundle(path)
+        if bundle.manifest.name != name:
+            raise BundleInconsistentError(
+                f"{path} holds the bundle {bundle.manifest.name!r}, so that answers would name another version; rename "
+                "the directory back, or publish the bundle under a new name"
+            )
+        info = bundle.manifest.encoder
+        encoder = None if info is None else self._encoders.get(info.sha256)
+        is_new_encoder = info is not None and encoder is None
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(_private_directory(self._scratch))
+            private = _copy(bundle, directory, progress, rest, with_encoder=is_new_encoder)
+            if private.encoder_path is not None and is_new_encoder:
+                progress.report("loading the encoder", _READ_SHARE)
+                encoder = ImageEncoder.load(private.encoder_path, self.device)
+                check_encoder_identity(private, encoder)
+            progress.report("opening the indexes", 0.8)
+            locator = Locator.assemble(private, encoder, self.device, limits=self._limits)
+            try:
+                locator.index.check()
+                steps: list[tuple[str, Callable[[], None]]] = [
+                    ("asking golden queries", lambda: check_index(private, locator.tree, locator.index)),
+                    ("encoding golden images", lambda: _check_images(private, encoder)),
+                    ("warming up", lambda: warm_up(locator, self._max_batch_size, encode=is_new_encoder)),
+                ]
+                for number, (step, check) in enumerate(steps):
+                    progress.report(step, 0.85 + 0.05 * number)
+                    self._between_batches(check).result()
+                progress.report("ready", 1.0)
+            except BaseException:
+                locator.close()
+                raise
+        if info is not None and encoder is not None:
+            self._encoders[info.sha256] = encoder
+        return VersionHandle(name, locator)
+
+
+def warm_up(locator: Locator, batch_size: int, *, encode: bool = True) -> None:
+    """Locates one query and a batch, so that first requests find everything in its place.
+
+    Args:
+        locator: What to warm up.
+        batch_size: Size of the batch.
+        encode: Send images; without it, or without an encoder, embeddings.
+
+    Raises:
+        GeoSurgeError: A query was not answered.
+    """
+    query = warm_up_query(locator)
+    for size in (1, batch_size):
+        if encode and isinstance(query, bytes):
+            embeddings = locator.encode(np.repeat(locator.preprocess(query)[np.newaxis], size, axis=0))
+        else:
+            embeddings = np.ones((size, locator.manifest.dimension), dtype=np.float32)
+        for outcome in locator.locate_embeddings(embeddings, [LocateOptions()] * size):
+            if isinstance(outcome, GeoSurgeError):
+                raise outcome
+
+
+def warm_up_query(locator: Locator) -> bytes | NDArray[np.float32]:
+    """Something that a version can be asked: a grey image, or, of one without an encoder, an embedding."""
+    if locator.manifest.encoder is None:
+        return np.ones(locator.manifest.dimension, dtype=np.float32)
+    grey = io.BytesIO()
+    Image.new("RGB", (256, 256), (128, 128, 128)).save(grey, "PNG")
+    return grey.getvalue()
+
+
+def available_memory_bytes(device: str) -> int:
+    """Memory that a version may take where it would go: of the GPU, or of this machine and this control group."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached files count as used, but give way.
+        available = min(available, limit - used + int(statistics.get("inactive_file", 0)))
+    return max(available, 0)
+
+
+def _check_images(bundle: Bundle, encoder: ImageEncoder | None) -> None:
+    if encoder is not None:
+        check_golden_images(bundle, encoder)
+
+
+@contextlib.contextmanager
+def _private_directory(scratch: Path) -> Iterator[Path]:
+    """A directory that is gone afterwards; locked meanwhile, so that others can tell whether its owner lives."""
+    directory = Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX, dir=scratch))
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned_copies(scratch: Path) -> None:
+    """Removes what processes that were killed while they loaded have left."""
+    for directory in scratch.glob(f"{_PRIVATE_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory)
+            finally:
+                os.close(descriptor)
+
+
+@dataclass
+class _Pace:
+    """Rests in proportion to the time that was worked."""
+
+    rest: float
+    begun: float
+
+    def pause(self) -> None:
+        """Rests for what was worked since the last time."""
+        worked = time.perf_counter() - self.begun
+        if self.rest:
+            time.sleep(self.rest * worked)
+        self.begun = time.perf_counter()
+
+
+def _copy(bundle: Bundle, directory: Path, progress: LoadProgress, rest: float, *, with_encoder: bool) -> Bundle:
+    """Reads every file and copies those that will be opened.
+
+    Raises:
+        BundleCorruptError: A file is not what the manifest says.
+    """
+    total = max(sum(info.size for info in bundle.manifest.files.values()), 1)
+    done = 0
+    pace = _Pace(rest, time.perf_counter())
+    for relative, info in bundle.manifest.files.items():
+        is_wanted = with_encoder or not relative.startswith(f"{ENCODER_DIRECTORY}/")
+        target = directory / relative if is_wanted else Path(os.devnull)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with (bundle.path / relative).open("rb") as reader, target.open("wb") as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                writer.write(chunk)
+                done += len(chunk)
+                progress.report(f"reading {relative}", _READ_SHARE * done / total)
+                pace.pause()
+        if digest.hexdigest() != info.sha256:
+            raise BundleCorruptError(
+                f"{bundle.path / relative} has another SHA-256 than recorded; publish the bundle again"
+            )
+    return replace(bundle, path=directory)
