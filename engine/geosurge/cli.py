@@ -98,6 +98,8 @@ _Index = Annotated[
 
 def main() -> None:
     """Runs the command that the process was started with, and ends the process."""
+    # gRPC would print a line of its own about every failed handshake, which the command says better.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         app()
     except Exception:  # noqa: BLE001

@@ -215,17 +215,19 @@ class ServerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _refuse_unprotected_exposure(self) -> Self:
-        if self.allow_remote or is_loopback(self.host):
+        names = ["host"] if self.admin_port is None else ["host", "admin_host"]
+        exposed = [f"{name} {getattr(self, name)!r}" for name in names if not is_loopback(getattr(self, name))]
+        if self.allow_remote or not exposed:
             return self
         if self.tls_certificate is None:
             raise ValueError(
-                f"host {self.host!r} can be reached from other machines, but the server has no encryption; give it a "
+                f"{exposed[0]} can be reached from other machines, but the server has no encryption; give it a "
                 "certificate (--tls-certificate, --tls-key), listen on 127.0.0.1, or pass --allow-remote if the "
                 "network in front of it encrypts and asks for credentials"
             )
         if self.tls_client_ca is None and self.token_file is None and TOKENS_VARIABLE not in os.environ:
             raise ValueError(
-                f"host {self.host!r} can be reached from other machines, and anybody could call the server; ask for "
+                f"{exposed[0]} can be reached from other machines, and anybody could call the server; ask for "
                 f"tokens (--token-file, {TOKENS_VARIABLE}) or client certificates (--tls-client-ca), listen on "
                 "127.0.0.1, or pass --allow-remote if the network in front of it asks for credentials"
             )

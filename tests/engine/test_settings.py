@@ -10,7 +10,7 @@ from geosurge.settings import ServerSettings, is_loopback, load_settings, unknow
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ServerSettings.model_fields:
+    for name in [*ServerSettings.model_fields, "tokens"]:
         monkeypatch.delenv(f"GEOSURGE_{name.upper()}", raising=False)
 
 
@@ -82,6 +82,7 @@ def test_the_port_variable_of_a_kubernetes_service_is_no_setting(
 
 def test_an_unknown_variable_is_reported_with_its_closest_setting() -> None:
     environment = {"GEOSURGE_MAX_BATCH_SIZ": "1", "GEOSURGE_PORT": "1", "HOME": "/", "GEOSURGE_QQ": ""}
+    environment |= {"GEOSURGE_TOKEN": "", "GEOSURGE_TOKENS": "", "GEOSURGE_DEBUG": "1"}
     assert unknown_variables(environment) == {"GEOSURGE_MAX_BATCH_SIZ": "GEOSURGE_MAX_BATCH_SIZE", "GEOSURGE_QQ": None}
 
 
@@ -100,3 +101,48 @@ def test_loopback_addresses_need_none(host: str) -> None:
 
 def test_an_ipv6_address_is_bracketed() -> None:
     assert load_settings(host="::1", port=7).address == "[::1]:7"
+
+
+def pem_files(directory: Path) -> dict[str, Path]:
+    """Stand-ins for a certificate and its key; the settings look no further than whether they can be read."""
+    return {name: write(directory / f"{name}.pem", "") for name in ("tls_certificate", "tls_key")}
+
+
+def test_tls_with_credentials_may_listen_beyond_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tls = pem_files(tmp_path)
+    other = write(tmp_path / "other", "")
+    with pytest.raises(ConfigurationError, match=r"'0.0.0.0' .*no encryption; .*--tls-certificate.*--allow-remote"):
+        load_settings(host="0.0.0.0", token_file=other)
+    with pytest.raises(ConfigurationError, match=r"'0.0.0.0' .*anybody could call .*--token-file.*--tls-client-ca"):
+        load_settings(host="0.0.0.0", **tls)
+    assert load_settings(host="0.0.0.0", **tls, token_file=other).token_file == other
+    assert load_settings(host="0.0.0.0", **tls, tls_client_ca=other).tls_client_ca == other
+    assert load_settings(host="0.0.0.0", **tls, allow_remote=True).allow_remote
+    monkeypatch.setenv("GEOSURGE_TOKENS", "admin:...")
+    assert load_settings(host="0.0.0.0", **tls).host == "0.0.0.0"
+
+
+def test_the_administration_is_exposed_no_more_easily(tmp_path: Path) -> None:
+    tls = pem_files(tmp_path)
+    for given in ({}, tls):
+        with pytest.raises(ConfigurationError, match=r"admin_host '0.0.0.0' can be reached from other machines"):
+            load_settings(admin_host="0.0.0.0", admin_port=0, **given)
+    assert load_settings(admin_host="0.0.0.0", admin_port=0, **tls, token_file=tls["tls_key"]).admin_port == 0
+
+
+def test_files_of_tls_come_together_and_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tls = pem_files(tmp_path)
+    for alone in ("tls_certificate", "tls_key"):
+        with pytest.raises(ConfigurationError, match="--tls-certificate and --tls-key come together"):
+            load_settings(**{alone: tls[alone]})
+    with pytest.raises(ConfigurationError, match="--tls-client-ca needs TLS"):
+        load_settings(tls_client_ca=tls["tls_key"])
+    missing = tmp_path / "missing"
+    for name in ("tls_certificate", "tls_key", "tls_client_ca", "token_file"):
+        for unreadable, reason in ((missing, "No such file"), (tmp_path, "Is a directory")):
+            expected = rf"--{name.replace('_', '-')} is '{unreadable}': the file cannot be read \({reason}"
+            with pytest.raises(ConfigurationError, match=expected):
+                load_settings(**{**tls, name: unreadable})
+    monkeypatch.setenv("GEOSURGE_TOKEN_FILE", str(missing))
+    with pytest.raises(ConfigurationError, match=f"GEOSURGE_TOKEN_FILE in the environment is '{missing}'"):
+        load_settings()
