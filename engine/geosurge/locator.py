@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from geosurge import geodesy
-from geosurge.bundle import check_encoder, check_index, check_listed_files, open_bundle
+from geosurge.bundle import Bundle, check_encoder, check_index, check_listed_files, open_bundle
 from geosurge.cells import CellTree
 from geosurge.encoder.model import ImageEncoder
 from geosurge.errors import (
@@ -147,16 +147,36 @@ class Locator:
         bundle = open_bundle(resolve_bundle(Path(path)))
         if check_hashes:
             check_listed_files(bundle)
+        encoder = None if bundle.encoder_path is None else ImageEncoder.load(bundle.encoder_path, device)
+        with contextlib.ExitStack() as stack:
+            locator = stack.enter_context(cls.assemble(bundle, encoder, device, limits=limits))
+            check_index(bundle, locator.tree, locator.index)
+            if encoder is not None:
+                check_encoder(bundle, encoder)
+            stack.pop_all()
+        return locator
+
+    @classmethod
+    def assemble(
+        cls, bundle: Bundle, encoder: ImageEncoder | None, device: str = "cpu", *, limits: ImageLimits = DEFAULT_LIMITS
+    ) -> Locator:
+        """Opens the tree and the indexes of a bundle and joins them with an encoder, without any of `open`'s checks.
+
+        Args:
+            bundle: Its files may be removed when this has returned.
+            encoder: The encoder that the indexes were built with; ``None`` answers embeddings only.
+            device: Where the indexes live.
+            limits: What is accepted as an image.
+
+        Raises:
+            BundleError: A file is missing, or is not what it should be.
+            UsageError: The device is unknown or cannot be used.
+        """
         info = bundle.manifest.calibration
         calibration = Calibration() if info is None else info.to_calibration()
         with contextlib.ExitStack() as stack:
             tree = stack.enter_context(CellTree.open(bundle.tree_path))
             index = stack.enter_context(HierarchicalIndex.open(bundle.level_paths, device))
-            check_index(bundle, tree, index)
-            encoder = None
-            if bundle.encoder_path is not None:
-                encoder = ImageEncoder.load(bundle.encoder_path, device)
-                check_encoder(bundle, encoder)
             locator = cls(bundle.manifest, tree, index, encoder, calibration=calibration, limits=limits)
             stack.pop_all()
         return locator

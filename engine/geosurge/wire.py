@@ -257,8 +257,8 @@ def status_to_error(status: status_pb2.Status) -> GeoSurgeError:
         detail.Unpack(info)
         detail.Unpack(retry)
     known = _ERROR_BY_REASON.get(info.reason) if info.domain == ERROR_DOMAIN else None
-    if known is OverloadedError:
-        return OverloadedError(status.message, retry_after_seconds=retry.retry_delay.ToNanoseconds() / 1e9)
+    if known is not None and issubclass(known, OverloadedError):
+        return known(status.message, retry_after_seconds=retry.retry_delay.ToNanoseconds() / 1e9)
     if known is not None:
         return known(status.message)
     return _ERROR_BY_CODE.get(status.code, GeoSurgeError)(status.message)

@@ -16,6 +16,7 @@ import typer.main
 from google.protobuf import json_format
 from PIL import Image
 from support.bundles import make_bundle, tiny_encoder
+from support.secured import Authority, new_token, replace_file
 from support.servers import encoded_image, settings_for
 
 from geosurge import __version__, cli, locator
@@ -225,10 +226,15 @@ def test_names_that_are_not_text_do_not_stop_the_others(server: str, images: Pat
         (["locate", "-", "-"], 2, "more than once"),
         (["locate", "a.jpg", "--server", "localhost:1", "--index", "x"], 2, "leave out --index"),
         (["locate", "a.jpg", "--timeout", "3"], 2, "--server"),
+        (["locate", "a.jpg", "--tls", "--token-file", "x"], 2, "--tls, --token-file: for reaching a server"),
+        (["locate", "a.jpg", "--server", "localhost:1", "--tls-key", "x"], 2, "come together"),
+        (["locate", "a.jpg", "--server", "localhost:1", "--tls-ca", "no/such/ca"], 2, "no/such/ca"),
+        (["locate", "a.jpg", "--server", "localhost:1", "--token-file", "no/such/file"], 2, "no/such/file"),
         (["locate", "a.jpg", "--index", "no/such/index"], 3, "no/such/index"),
         (["locate", "a.jpg", "--server", "127.0.0.1:1", "--timeout", "2"], 3, "127.0.0.1:1"),
         (["serve", "--port", "70000"], 2, "--port"),
         (["serve", "--host", "0.0.0.0"], 2, "--allow-remote"),
+        (["serve", "--tls-key", "no/such/key"], 2, "--tls-key"),
         (["serve", "--config", "no/such/file.toml"], 2, "no/such/file.toml"),
         (["serve", "--index", "no/such/index"], 3, "no/such/index"),
         (["demo", "--views", "no/such/views"], 2, "--views"),
@@ -250,6 +256,33 @@ def test_what_cannot_be_done_is_said_in_a_line_and_by_the_exit_code(
     assert output == ""
     assert said in re.sub(r"[\s│]+", " ", errors).replace("- ", "-") or said in errors
     assert "Traceback" not in errors
+
+
+def test_credentials_reach_a_server_and_wrong_ones_are_explained(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, others = Authority(tmp_path / "authority"), Authority(tmp_path / "others")
+    token, unknown = new_token(), new_token()
+    tokens = replace_file(tmp_path / "tokens", f"locate:{token}")
+    mine = replace_file(tmp_path / "mine", f"{token}\nnot a part of it\n")
+    chain, key = authority.issue("client", "client.example")
+    settings = settings_for(bundle, **authority.tls(), tls_client_ca=authority.ca_file, token_file=tokens)
+    certificate = ("--tls-certificate", chain, "--tls-key", key)
+    monkeypatch.setitem(ENVIRONMENT, "GEOSURGE_TOKEN", unknown)
+    with background_server(settings) as address:
+        ask = ("locate", images / "0.png", "--json", "--server", address)
+        trusting = (*ask, "--tls-ca", authority.ca_file)
+        done = geosurge(*trusting, *certificate, "--token-file", mine)
+        assert lines_of(done.stdout)[0]["index_version"] == "tiny"
+        refused = geosurge(*trusting, *certificate, check=2)
+        assert b"does not know the token" in refused.stderr
+        assert unknown.encode() not in refused.stderr
+        untrusting = geosurge(*ask, "--tls-ca", others.ca_file, *certificate, check=3)
+        assert untrusting.stderr.startswith(b"error: the certificate of the server at")
+        assert untrusting.stderr.count(b"\n") == 1
+        assert b"--tls-certificate" in geosurge(*trusting, check=3).stderr
+        monkeypatch.setitem(ENVIRONMENT, "GEOSURGE_TOKEN", token)
+        assert lines_of(geosurge(*trusting, *certificate).stdout)[0]["index_version"] == "tiny"
 
 
 def test_exit_codes_are_those_of_the_process(images: Path) -> None:

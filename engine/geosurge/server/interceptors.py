@@ -166,8 +166,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 def _guarded_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str, metrics: Metrics) -> Any:  # noqa: ANN401
     async def handle(request: Any, context: Any) -> Any:  # noqa: ANN401
-        begun_ns = time.time_ns()
         async with _guard(method, context, metrics):
+            begun_ns = time.time_ns()
             response = await behaviour(_checked(request), context)
             if isinstance(response, geolocation_pb2.LocateResponse):
                 tracing.record_stages(response.timings, begun_ns=begun_ns)
@@ -245,7 +245,7 @@ def _span_attributes(call: CallRecord, code: str) -> dict[str, str | int]:
     fields = call.fields()
     return {
         "rpc.system.name": "grpc",
-        "rpc.method": fields.pop("method"),
+        "rpc.method": str(fields.pop("method")).removeprefix("/"),
         "rpc.response.status_code": code,
         **{f"geosurge.{name}": value for name, value in fields.items()},
     }
