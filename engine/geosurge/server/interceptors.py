@@ -65,7 +65,7 @@ class CallRecord:
         fields: dict[str, str | int] = {
             "method": self.method[:_MAX_LOGGED_LENGTH],
             "request_id": self.request_id[:_MAX_LOGGED_LENGTH],
-            "index_version": self.index_version,
+            "index_version": self.index_version[:_MAX_LOGGED_LENGTH],
         }
         if self.item_count is not None:
             fields |= {"items": self.item_count, "failed_items": self.failed_item_count}
