@@ -550,6 +550,11 @@ def _error_of(failure: grpc.RpcError, address: str, connection: Connection, time
         return CredentialsMissingError(f"the server at {address} does not accept the credentials ({details})")
     elif code == grpc.StatusCode.PERMISSION_DENIED:
         return PermissionDeniedError(f"the server at {address} does not permit the call ({details})")
+    elif code == grpc.StatusCode.UNIMPLEMENTED:
+        return ServiceError(
+            f"the server at {address} does not offer this call ({details}); check the address, and that it is of this "
+            "version: the IndexService may be on its --admin-port"
+        )
     return status_to_error(status_pb2.Status(code=code.value[0], message=details))
 
 

@@ -201,6 +201,7 @@ def test_a_refusal_by_something_in_between_is_told_apart_by_its_code() -> None:
     for code, expected in (
         (grpc.StatusCode.UNAUTHENTICATED, CredentialsMissingError),
         (grpc.StatusCode.PERMISSION_DENIED, PermissionDeniedError),
+        (grpc.StatusCode.UNIMPLEMENTED, ServiceError),
     ):
         with _refusing_proxy(code) as address:
             error = failure_of(address, Connection(), _Once())
