@@ -128,7 +128,7 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [*own, *added]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]  # Its own annotations would be looked at instead.
+    del run.__wrapped__  # Its own annotations would be looked at instead.
     return run
 
 
