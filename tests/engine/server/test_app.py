@@ -19,7 +19,7 @@ from support.bundles import make_bundle
 from support.servers import embedding, encoded_image, running, settings_for
 
 from geosurge.errors import BundleError, ConfigurationError, GeoSurgeError
-from geosurge.server.app import SERVICE_NAMES, Server, background_server
+from geosurge.server.app import INDEX_SERVICE_NAME, SERVICE_NAMES, Server, background_server
 from geosurge.v1 import geolocation_pb2 as pb
 from geosurge.v1 import geolocation_pb2_grpc
 
@@ -62,7 +62,6 @@ async def test_a_failing_warm_up_never_reports_serving(bundle: Path) -> None:
     server = Server(settings_for(bundle))
     try:
         await server.listen()
-        assert server._versions is not None
         server._versions.active.locator.index.close()
         async with grpc.aio.insecure_channel(server.address) as channel:
             with pytest.raises(GeoSurgeError):
@@ -78,6 +77,7 @@ async def test_reflection_lists_the_services_and_describes_their_messages(bundle
         services = set(database.get_services())
         assert services == {
             *SERVICE_NAMES,
+            INDEX_SERVICE_NAME,
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
         }
@@ -105,8 +105,8 @@ async def test_a_stop_answers_what_a_stream_has_sent_and_then_ends_it(bundle: Pa
         endless = asyncio.Event()
         release = asyncio.Event()
         loop = asyncio.get_running_loop()
-        blocking = asyncio.create_task(
-            server._batcher.on_owner(lambda: asyncio.run_coroutine_threadsafe(release.wait(), loop).result())
+        blocking = asyncio.wrap_future(
+            server._batcher._search.call(lambda: asyncio.run_coroutine_threadsafe(release.wait(), loop).result())
         )
 
         async def send() -> AsyncIterator[pb.LocateStreamRequest]:
@@ -202,7 +202,7 @@ def test_a_signal_stops_the_process_gracefully(bundle: Path) -> None:
         import sys
         from geosurge.server.app import serve
         from geosurge.settings import load_settings
-        serve(load_settings(index=sys.argv[1], port=0), on_ready=lambda address: print(address, flush=True))
+        serve(load_settings(index=sys.argv[1], port=0), on_ready=lambda server: print(server.address, flush=True))
         print("stopped", flush=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(bundle)]
@@ -231,15 +231,15 @@ def test_a_signal_while_starting_ends_the_start(bundle: Path) -> None:
         from geosurge.server.app import serve
         from geosurge.settings import load_settings
 
-        opened = Locator.open
+        opened = Locator.assemble
 
         def open_slowly(*arguments, **keywords):
             os.kill(os.getpid(), signal.SIGTERM)
             threading.Event().wait(0.5)
             return opened(*arguments, **keywords)
 
-        Locator.open = open_slowly
-        serve(load_settings(index=sys.argv[1], port=0), on_ready=lambda address: print("ready", flush=True))
+        Locator.assemble = open_slowly
+        serve(load_settings(index=sys.argv[1], port=0), on_ready=lambda server: print("ready", flush=True))
         print("stopped", flush=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(bundle)]

@@ -12,10 +12,19 @@ import pytest
 from numpy.typing import NDArray
 from support.servers import embedding, encoded_image
 
-from geosurge.errors import DeadlineExceededError, GeoSurgeError, ImageNotDecodableError, InputError, ShuttingDownError
+from geosurge.bundle import open_bundle
+from geosurge.errors import (
+    DeadlineExceededError,
+    GeoSurgeError,
+    ImageNotDecodableError,
+    IndexVersionUnknownError,
+    InputError,
+    ShuttingDownError,
+)
 from geosurge.location import LocateOptions, Location
 from geosurge.locator import Locator
 from geosurge.server.batcher import Batcher
+from geosurge.server.metrics import Metrics
 from geosurge.server.versions import VersionHandle
 
 OPTIONS = LocateOptions()
@@ -43,8 +52,8 @@ def batch_sizes(handle: VersionHandle) -> list[int]:
 
 
 @asynccontextmanager
-async def started(max_batch_size: int = 8) -> AsyncIterator[Batcher]:
-    batcher = Batcher(max_batch_size=max_batch_size, decode_workers=2)
+async def started(max_batch_size: int = 8, metrics: Metrics | None = None) -> AsyncIterator[Batcher]:
+    batcher = Batcher(max_batch_size=max_batch_size, decode_workers=2, metrics=metrics)
     batcher.start()
     try:
         yield batcher
@@ -53,21 +62,21 @@ async def started(max_batch_size: int = 8) -> AsyncIterator[Batcher]:
 
 
 @asynccontextmanager
-async def busy(batcher: Batcher) -> AsyncIterator[None]:
-    """Keeps the owner thread busy inside the block, so that requests queue."""
+async def busy(batcher: Batcher, stage: str = "search") -> AsyncIterator[None]:
+    """Keeps a stage busy inside the block, so that requests queue."""
     begun, release = threading.Event(), threading.Event()
 
     def block() -> None:
         begun.set()
         release.wait(10)
 
-    blocking = asyncio.create_task(batcher.on_owner(block))
+    blocking = {"encode": batcher._encode, "search": batcher._search}[stage].call(block)
     await asyncio.to_thread(begun.wait, 10)
     try:
         yield
     finally:
         release.set()
-        await blocking
+        await asyncio.wrap_future(blocking)
 
 
 async def queued(batcher: Batcher, count: int) -> None:
@@ -197,7 +206,7 @@ async def test_each_item_has_its_own_options(handle: VersionHandle) -> None:
 
 async def test_timings_account_for_the_whole_wait(handle: VersionHandle) -> None:
     async with started() as batcher:
-        async with busy(batcher):
+        async with busy(batcher, "encode"):
             begun = time.perf_counter()
             task = asyncio.create_task(batcher.locate(handle, encoded_image(0), OPTIONS))
             await queued(batcher, 1)
@@ -223,27 +232,64 @@ async def test_stopping_answers_the_queue_and_refuses_what_comes_later(handle: V
     with pytest.raises(ShuttingDownError):
         await batcher.locate(handle, embedding(0), OPTIONS)
     with pytest.raises(ShuttingDownError):
-        await batcher.on_owner(lambda: None)
+        batcher.between_batches(lambda: None)
     await batcher.stop()
 
 
-async def test_what_fails_on_the_owner_thread_is_raised_to_its_caller_alone(handle: VersionHandle) -> None:
+async def test_what_fails_between_batches_is_raised_to_its_caller_alone(handle: VersionHandle) -> None:
     async with started() as batcher:
         with pytest.raises(ZeroDivisionError):
-            await batcher.on_owner(lambda: 1 // 0)
-        names = {await batcher.on_owner(lambda: threading.current_thread().name) for _ in range(3)}
-        assert names == {"geosurge-owner"}
+            await asyncio.wrap_future(batcher.between_batches(lambda: 1 // 0))
+        name = await asyncio.wrap_future(batcher.between_batches(lambda: threading.current_thread().name))
+        assert name == "geosurge-encode"
         assert isinstance(await batcher.locate(handle, embedding(0), OPTIONS), Location)
 
 
-async def test_a_warm_up_covers_one_and_the_largest_batch(handle: VersionHandle) -> None:
-    async with started(max_batch_size=8) as batcher:
-        await batcher.warm_up(handle)
-    assert batch_sizes(handle) == [1, 8]
-
-
-async def test_a_warm_up_that_fails_says_so(handle: VersionHandle) -> None:
+async def test_images_are_encoded_while_embeddings_are_searched(handle: VersionHandle) -> None:
     async with started() as batcher:
-        handle.locator.__dict__["fails"] = True
+        async with busy(batcher, "search"):
+            image = asyncio.create_task(batcher.locate(handle, encoded_image(1), OPTIONS))
+            while not len(batcher._search):
+                await asyncio.sleep(0.001)
+        assert (await image).timings.encode_ms > 0
+
+
+async def test_versions_with_one_encoder_share_its_batches(bundle: Path) -> None:
+    first = VersionHandle("tiny", RecordingLocator.open(bundle))
+    second = VersionHandle("second", Locator.assemble(open_bundle(bundle), first.locator.encoder))
+    metrics = Metrics()
+    async with started(metrics=metrics) as batcher:
+        async with busy(batcher, "encode"):
+            tasks = [
+                asyncio.create_task(batcher.locate(which, encoded_image(seed), OPTIONS))
+                for seed, which in enumerate([first, second, first, second])
+            ]
+            await queued(batcher, 4)
+        await asyncio.gather(*tasks)
+    assert metrics.registry.get_sample_value("geosurge_batch_size_count", {"stage": "encode"}) == 1
+    assert metrics.registry.get_sample_value("geosurge_batch_size_count", {"stage": "search"}) == 2
+
+
+async def test_a_crashed_stage_is_told_and_leaves_nobody_waiting(handle: VersionHandle) -> None:
+    async with started() as batcher:
+        async with busy(batcher):
+            task = asyncio.create_task(batcher.locate(handle, embedding(0), OPTIONS))
+            await queued(batcher, 1)
+            waiting = batcher._search.call(lambda: None)
+            batcher._search.__dict__["_step"] = lambda: 1 // 0
+        assert await asyncio.wait_for(batcher.crashed(), 10) == "search"
         with pytest.raises(GeoSurgeError):
-            await batcher.warm_up(handle)
+            await task
+        assert waiting.cancelled()
+        with pytest.raises(ShuttingDownError):
+            await batcher.locate(handle, embedding(0), OPTIONS)
+
+
+async def test_a_version_is_closed_only_when_no_thread_works_with_it(handle: VersionHandle) -> None:
+    with handle.use():
+        closing = asyncio.create_task(asyncio.to_thread(handle.close))
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+    await asyncio.wait_for(closing, 10)
+    with pytest.raises(IndexVersionUnknownError), handle.use():
+        pytest.fail("it is closed")
