@@ -41,7 +41,7 @@ def configure_tracing() -> None:
         ConfigurationError: What the environment asks for is not installed.
     """
     name = os.environ.get(EXPORTER_VARIABLE, "none")
-    if name == "none" or (_installed and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)):
+    if name == "none" or _is_sent():
         return
     exporters = entry_points(group=EXPORTER_GROUP)
     if name not in exporters.names:
@@ -57,21 +57,15 @@ def configure_tracing() -> None:
 
 
 @contextmanager
-def span(
-    name: str,
-    attributes: Mapping[str, Attribute] | None = None,
-    *,
-    metadata: Iterable[tuple[str, str | bytes]] | None = None,
-) -> Iterator[None]:
+def span(name: str, *, metadata: Iterable[tuple[str, str | bytes]] | None = None) -> Iterator[None]:
     """Traces a ``with`` block; one that answers a call continues the trace that the call's metadata names."""
-    if not _installed:
+    if not _is_sent():
         yield
         return
     with trace.get_tracer(TRACER).start_as_current_span(
         name,
         context=propagate.extract({key: value for key, value in metadata or () if isinstance(value, str)}),
         kind=trace.SpanKind.SERVER if metadata is not None else trace.SpanKind.INTERNAL,
-        attributes=attributes,
         # Messages of errors quote what a client sent.
         record_exception=False,
         set_status_on_exception=False,
@@ -81,7 +75,7 @@ def span(
 
 def annotate(attributes: Mapping[str, Attribute], *, failed: bool = False) -> None:
     """Adds to the span of the block that this is called in; ``failed`` when it is the engine's fault."""
-    if _installed:
+    if _is_sent():
         current = trace.get_current_span()
         current.set_attributes(attributes)
         if failed:
@@ -90,10 +84,14 @@ def annotate(attributes: Mapping[str, Attribute], *, failed: bool = False) -> No
 
 def record_stages(timings: geolocation_pb2.Timings, *, begun_ns: int) -> None:
     """Adds spans below that of the block that this is called in, laid end to end from a moment (epoch, nanoseconds)."""
-    if not (_installed and trace.get_current_span().is_recording()):
+    if not (_is_sent() and trace.get_current_span().is_recording()):
         return
     for stage in ("decode", "queue", "encode", "search", "posterior"):
         if duration_ns := round(1e6 * getattr(timings, f"{stage}_ms")):
             child = trace.get_tracer(TRACER).start_span(stage, start_time=begun_ns)
             begun_ns += duration_ns
             child.end(begun_ns)
+
+
+def _is_sent() -> bool:
+    return _installed and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
