@@ -6,7 +6,7 @@
 | `geosurge_call_seconds` | method | histogram of their durations; a stream lasts until its client ends it |
 | `geosurge_refusals_total` | reason | calls ended on purpose with an error, by `ErrorInfo.reason` |
 | `geosurge_failed_items_total` | reason | items of streams answered with an error, by `ErrorInfo.reason` |
-| `geosurge_stage_seconds` | stage | histogram of the time of each stage: decode, queue, encode, search |
+| `geosurge_stage_seconds` | stage | histogram of times: decode and queue of a request, encode and search of a batch |
 | `geosurge_batch_size` | stage | histogram of the requests worked on together; its `_sum` counts requests |
 | `geosurge_load_seconds` | outcome | histogram of the time of loads (ready, failed, superseded); `_count` counts them |
 | `geosurge_swaps_total` | kind | changes of what is served: activate, rollback, unload, ... |
@@ -15,6 +15,9 @@
 | `geosurge_permits_in_use` | | requests admitted and not yet answered |
 | `geosurge_versions_loaded` | | index versions in memory |
 | `process_*`, `python_*` | | resident memory (`process_resident_memory_bytes`), CPU, files, garbage collector |
+
+What gRPC refuses by itself is not seen as such: a unary message over the transport's limit is not counted at all, and a
+stream with one counts as CANCELLED or OK.
 
 The values of every label come from the engine, never from a client: a method that the API does not have is ``other``,
 and so is a reason that `geosurge.errors` does not have.
