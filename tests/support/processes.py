@@ -50,7 +50,9 @@ app.Server.start = start_and_listen
 """
 """A prelude after which SIGUSR1 makes the server write its number of asyncio tasks to the file TASKS_FILE."""
 
-_ANNOUNCED = re.compile(r"^serving .* on (\S+:\d+)(?:, administration on (\S+:\d+))?, monitoring on (\S+:\d+)$", re.M)
+_ANNOUNCED = re.compile(
+    r"^serving .* on (\S+:\d+)(?:, administration on (\S+:\d+))?, monitoring on (\S+:\d+)$", re.MULTILINE
+)
 
 _Result = TypeVar("_Result")
 
