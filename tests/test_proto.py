@@ -9,10 +9,10 @@ from types import ModuleType
 import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FileDescriptor, MethodDescriptor
 
-from geosurge.v1 import cell_pb2, geolocation_pb2
+from geosurge.v1 import cell_pb2, geolocation_pb2, index_pb2
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES: list[FileDescriptor] = [cell_pb2.DESCRIPTOR, geolocation_pb2.DESCRIPTOR]
+FILES: list[FileDescriptor] = [cell_pb2.DESCRIPTOR, geolocation_pb2.DESCRIPTOR, index_pb2.DESCRIPTOR]
 
 
 def load_generator() -> ModuleType:

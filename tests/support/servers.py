@@ -34,7 +34,14 @@ def embedding(seed: int) -> NDArray[np.float32]:
 
 def settings_for(bundle: Path, **changes: Any) -> ServerSettings:
     """Settings of a server on a free port."""
-    small: dict[str, Any] = {"index": bundle, "port": 0, "max_batch_size": 8, "decode_workers": 2, "grace_seconds": 5.0}
+    small: dict[str, Any] = {
+        "index": bundle,
+        "port": 0,
+        "max_batch_size": 8,
+        "max_concurrent_requests": 256,
+        "decode_workers": 2,
+        "grace_seconds": 5.0,
+    }
     return ServerSettings(**{**small, **changes})
 
 

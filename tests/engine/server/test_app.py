@@ -246,7 +246,6 @@ def test_a_signal_while_starting_ends_the_start(bundle: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "stopped\n"
-    assert "stopping signal=SIGTERM" in run.stderr
+    assert "before the start was over signal=SIGTERM" in run.stderr
     assert " serving address" not in run.stderr
-    assert "stopped address" not in run.stderr
     assert "Traceback" not in run.stderr

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -260,7 +260,7 @@ async def test_a_server_of_one_bundle_has_one_version(store: Path) -> None:
 
 async def test_users_are_counted_however_they_leave(store: Path) -> None:
     async with opened(store) as versions:
-        with pytest.raises(ZeroDivisionError), versions.acquire():
+        with suppress(ZeroDivisionError), versions.acquire():
             assert versions.users("one") == 1
             _ = 1 // 0
         assert versions.users("one") == 0
