@@ -6,7 +6,7 @@ Before a version may answer anything it passes this gate, step by step:
 2. every byte has the recorded SHA-256, and is copied into a private directory while it is read: what was checked is
    what is served, whatever happens to the bundle's own files afterwards;
 3. the indexes and the tree open, and every id of every list is where it belongs;
-4. the encoder is the one that the indexes were built with; a loaded version with the same encoder shares it;
+4. the encoder is the one that the indexes were built with; a loaded version with the same files of it shares it;
 5. manifest, tree and indexes agree, golden queries and golden images get their recorded answers;
 6. a batch of the largest size goes through.
 
@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 import psutil
@@ -53,11 +53,14 @@ from geosurge.errors import BundleCorruptError, BundleInconsistentError, BundleP
 from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions
 from geosurge.locator import Locator
+from geosurge.manifest import Manifest
 from geosurge.server.versions import LoadProgress, Needs, VersionHandle
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+
+_EncoderKey: TypeAlias = tuple[str, ...]
 
 _CHUNK_BYTES: Final = 1 << 20
 _REST: Final = 1.0
@@ -99,7 +102,7 @@ class Loader:
         self._max_batch_size = max_batch_size
         self._scratch = Path(tempfile.gettempdir()) if scratch is None else scratch
         self._thread = ThreadPoolExecutor(1, "geosurge-loader")
-        self._encoders: weakref.WeakValueDictionary[str, ImageEncoder] = weakref.WeakValueDictionary()
+        self._encoders: weakref.WeakValueDictionary[_EncoderKey, ImageEncoder] = weakref.WeakValueDictionary()
         self._thread.submit(_remove_abandoned_copies, self._scratch)
 
     async def needs(self, path: Path) -> Needs:
@@ -140,7 +143,7 @@ class Loader:
     def _needs(self, path: Path) -> Needs:
         manifest = open_bundle(path).manifest
         encoder = manifest.encoder
-        shared = encoder is not None and encoder.sha256 in self._encoders
+        shared = _encoder_key(manifest) in self._encoders
         memory = sum(info.size for name, info in manifest.files.items() if not name.startswith(f"{ENCODER_DIRECTORY}/"))
         # Exact searches decode the leaves.
         memory += 4 * manifest.levels[-1].cells * manifest.dimension
@@ -170,7 +173,8 @@ class Loader:
                 "the directory back, or publish the bundle under a new name"
             )
         info = bundle.manifest.encoder
-        encoder = None if info is None else self._encoders.get(info.sha256)
+        key = _encoder_key(bundle.manifest)
+        encoder = self._encoders.get(key)
         is_new_encoder = info is not None and encoder is None
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(_private_directory(self._scratch))
@@ -195,8 +199,8 @@ class Loader:
             except BaseException:
                 locator.close()
                 raise
-        if info is not None and encoder is not None:
-            self._encoders[info.sha256] = encoder
+        if encoder is not None:
+            self._encoders[key] = encoder
         return VersionHandle(name, locator)
 
 
@@ -273,6 +277,17 @@ def _remove_abandoned_copies(scratch: Path) -> None:
                 shutil.rmtree(directory)
             finally:
                 os.close(descriptor)
+
+
+def _encoder_key(manifest: Manifest) -> _EncoderKey:
+    """What two bundles must have in common to share an encoder: its identity, and the files that hold it.
+
+    With the identity alone a bundle whose files hold another encoder would pass here, and not when it is loaded alone.
+    """
+    identity = "" if manifest.encoder is None else manifest.encoder.sha256
+    prefix = f"{ENCODER_DIRECTORY}/"
+    files = [f"{name}:{info.sha256}" for name, info in manifest.files.items() if name.startswith(prefix)]
+    return identity, *sorted(files)
 
 
 @dataclass
