@@ -18,6 +18,7 @@ level. All descendants of a cell on any level are then one contiguous run too.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import struct
 import tempfile
@@ -52,6 +53,9 @@ DATA_FILE = "data.mdb"
 """The one file of a tree, inside its directory."""
 
 MAX_LEVELS = 255
+MAX_CACHED_PLACES = 16_384
+"""Places that a tree keeps in memory, some 10 MB: queries ask for those of the same leaves again and again."""
+
 MAX_TOKEN_BYTES = 509  # LMDB's 511-byte key less the separator and the level.
 
 _DATABASES = (b"cells", b"tokens", b"columns")
@@ -172,6 +176,12 @@ class CellTree:
             np.searchsorted(self.parents(level + 1), np.arange(counts[level - 1] + 1)).astype(np.int64)
             for level in range(1, len(counts))
         ]
+        # The same for the leaves under row i of each level.
+        self._leaf_starts = [np.arange(counts[-1] + 1)]
+        for starts in reversed(self._child_starts):
+            self._leaf_starts.insert(0, self._leaf_starts[0][starts])
+        self._tokens = _join_tokens(columns, len(counts))
+        self._places: dict[tuple[int, int], Place | None] = {}
 
     @classmethod
     def open(cls, path: Path) -> CellTree:
@@ -201,6 +211,7 @@ class CellTree:
         """Gives the environment back; calling it again does nothing."""
         if not self._closed:
             self._closed = True
+            self._places = {}
             _release(self._environment)
 
     def __enter__(self) -> Self:
@@ -298,17 +309,30 @@ class CellTree:
         result = np.empty((*ordinals.shape, self.level_count), dtype=np.int64)
         result[..., -1] = ordinals
         for level in range(self.level_count, 1, -1):
-            below = result[..., level - 1]
-            result[..., level - 2] = np.where(below < 0, -1, self.parents(level)[below])
+            result[..., level - 2] = self.parents(level)[result[..., level - 1]]
+        result[ordinals < 0] = -1
         return result
 
     def leaf_range(self, level: int, ordinal: int) -> tuple[int, int]:
         """Half-open range of the ordinals of the leaves under a cell; a leaf is under itself."""
         self._check_ordinal(level, ordinal)
-        first, end = ordinal, ordinal + 1
-        for starts in self._child_starts[level - 1 :]:
-            first, end = int(starts[first]), int(starts[end])
-        return first, end
+        starts = self._leaf_starts[level - 1]
+        return int(starts[ordinal]), int(starts[ordinal + 1])
+
+    def leaf_ranges(self, paths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Half-open ranges of the ordinals of the leaves under whole paths, as `ancestors` returns them.
+
+        Args:
+            paths: (m, L) ordinals without padding, level 1 in the first column.
+
+        Returns:
+            (m, L, 2) first leaf and the one after the last.
+        """
+        ranges = np.empty((*paths.shape, 2), dtype=np.int64)
+        for column, starts in enumerate(self._leaf_starts):
+            ranges[:, column, 0] = starts[paths[:, column]]
+            ranges[:, column, 1] = starts[paths[:, column] + 1]
+        return ranges
 
     def tokens(self, level: int, ordinals: ArrayLike) -> list[str]:
         """Tokens of cells of one level.
@@ -320,14 +344,19 @@ class CellTree:
         self._check_level(level)
         rows = np.asarray(ordinals, dtype=np.int64)
         count = self.cell_counts[level - 1]
-        if rows.size and not (rows.min() >= 0 and rows.max() < count):
+        # One pass for both ends: a negative number is a large one without its sign.
+        if rows.size and int(rows.view(np.uint64).max()) >= count:
             raise CellUnknownError(f"level {level} has the ordinals 0 to {count - 1}, not {rows.min()} to {rows.max()}")
-        text = self._columns[f"{level}/tokens"]
-        ends = self._columns[f"{level}/token_ends"]
-        begins = np.where(rows > 0, ends[rows - 1], 0)
-        return [
-            text[begin:end].tobytes().decode() for begin, end in zip(begins.tolist(), ends[rows].tolist(), strict=True)
-        ]
+        return self._tokens.of(rows + self._tokens.level_starts[level - 1])
+
+    def path_tokens(self, paths: NDArray[np.int64]) -> list[list[str]]:
+        """Tokens of whole paths, as `ancestors` returns them.
+
+        Args:
+            paths: (m, L) ordinals without padding, level 1 in the first column.
+        """
+        tokens = iter(self._tokens.of((paths + self._tokens.level_starts).ravel()))
+        return [list(itertools.islice(tokens, self.level_count)) for _ in paths]
 
     def parents(self, level: int) -> NDArray[np.int64]:
         """(n,) ordinals of the parents of a level's cells; -1 on level 1."""
@@ -350,15 +379,24 @@ class CellTree:
         except ValueError as error:
             raise BundleCorruptError(f"{self._environment.file}: level {level}: {error}") from error
 
-    def place(self, level: int, ordinal: int) -> Place | None:
-        """The named place nearest to a cell's mean, where one is known."""
-        self._check_ordinal(level, ordinal)
-        with self._reading() as transaction:
-            cell = self._read_record(transaction, level, ordinal)
-        if not cell.HasField("place"):
-            return None
-        place = cell.place
-        return Place(place.city, place.region, place.country, place.country_code, place.distance_km)
+    def places(self, level: int, ordinals: Sequence[int]) -> list[Place | None]:
+        """The named places nearest to cells' means, ``None`` where none is known.
+
+        Raises:
+            LevelOutOfRangeError: The tree has no such level.
+            CellUnknownError: The level has no such row.
+        """
+        wanted = [(level, ordinal) for ordinal in ordinals]
+        known = self._places
+        missing = {key for key in wanted if key not in known}
+        if missing or self._closed:
+            with self._reading() as transaction:
+                read = {key: self._read_place(transaction, *key) for key in missing}
+            if len(known) + len(read) > MAX_CACHED_PLACES:
+                # Other threads may be reading the old dictionary: they keep it, and this call its own part of it.
+                known = self._places = {key: known[key] for key in wanted if key in known}
+            known.update(read)
+        return [known[key] for key in wanted]
 
     @property
     def has_s2_cells(self) -> bool:
@@ -458,6 +496,14 @@ class CellTree:
             )
         return cell_pb2.Cell.FromString(bytes(value))
 
+    def _read_place(self, transaction: lmdb.Transaction, level: int, ordinal: int) -> Place | None:
+        self._check_ordinal(level, ordinal)
+        cell = self._read_record(transaction, level, ordinal)
+        if not cell.HasField("place"):
+            return None
+        place = cell.place
+        return Place(place.city, place.region, place.country, place.country_code, place.distance_km)
+
     def _look_up(self, transaction: lmdb.Transaction, token: str, level: int | None) -> list[tuple[int, int]]:
         """(level, ordinal) of the cells with a token, coarsest first."""
         prefix = token.encode("utf-8", "surrogatepass") + b"\x00"
@@ -480,6 +526,41 @@ class CellTree:
         count = self.cell_counts[level - 1]
         if not 0 <= ordinal < count:
             raise CellUnknownError(f"level {level} has the ordinals 0 to {count - 1}, not {ordinal}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """The tokens of all cells, level after level.
+
+    Attributes:
+        text: The tokens in UTF-8, one after the other.
+        bounds: (n + 1,) where each begins, and where the last ends.
+        level_starts: (L,) row of the first cell of each level.
+    """
+
+    text: bytes
+    bounds: NDArray[np.int64]
+    level_starts: NDArray[np.int64]
+
+    def of(self, rows: NDArray[np.int64]) -> list[str]:
+        """Tokens of some rows."""
+        begins, ends = self.bounds[rows].tolist(), self.bounds[rows + 1].tolist()
+        return [self.text[begin:end].decode() for begin, end in zip(begins, ends, strict=True)]
+
+
+def _join_tokens(columns: dict[str, NDArray[Any]], level_count: int) -> _Tokens:
+    """Takes the tokens out of the columns of a tree."""
+    texts = [columns.pop(f"{level}/tokens") for level in range(1, level_count + 1)]
+    ends = [columns.pop(f"{level}/token_ends").astype(np.int64) for level in range(1, level_count + 1)]
+    sizes, counts = [len(text) for text in texts], [len(level_ends) for level_ends in ends]
+    shifted = [level_ends + before for level_ends, before in zip(ends, _starts(sizes), strict=True)]
+    bounds = np.concatenate([np.zeros(1, np.int64), *shifted])
+    return _Tokens(b"".join(text.tobytes() for text in texts), bounds, _starts(counts))
+
+
+def _starts(sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Where parts of these sizes begin in a row of them."""
+    return np.cumsum([0, *sizes[:-1]])
 
 
 @dataclass(eq=False)

@@ -88,7 +88,11 @@ class CredibleRegion:
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds spent in each stage."""
+    """Milliseconds spent in each stage.
+
+    Decoding and waiting are the query's own; the others are those of the part of its batch that the query was in: the
+    images encoded together, the call of the index, the posteriors computed together.
+    """
 
     decode_ms: float = 0.0
     queue_ms: float = 0.0

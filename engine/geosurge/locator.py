@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import time
@@ -40,7 +41,7 @@ from geosurge.errors import (
 from geosurge.images import DEFAULT_LIMITS, ImageLimits, decode_image, normalise_image, read_image_bytes
 from geosurge.location import Alternative, CredibleRegion, LocateOptions, Location, PathCell, Timings
 from geosurge.manifest import Manifest
-from geosurge.posterior import Calibration, LeafShapes, Posterior, infer, leaf_shapes, path_masses
+from geosurge.posterior import Calibration, LeafShapes, Posteriors, infer, leaf_shapes, path_masses
 from geosurge.search import HierarchicalIndex, merge_ranges
 from geosurge.store import resolve_bundle
 
@@ -57,6 +58,9 @@ REACHED_LEAVES: Final = 1024
 
 _MAX_SCORES: Final = 1 << 24
 """A large batch is cut so that no call of the index returns more scores; exact search returns every leaf's."""
+
+_POSTERIOR_BLOCK: Final = 1 << 16
+"""Leaves whose posteriors are computed together: arrays of so many stay in the cache of a core."""
 
 _CACHED_REGIONS: Final = 64
 """A region is checked when its request arrives, and needed again when its batch is searched."""
@@ -260,15 +264,13 @@ class Locator:
                 f"the embedding has the shape {row.shape}, index version {self.index_version!r} needs ({dimension},): "
                 "use the encoder that the bundle was built with"
             )
-        if not np.isfinite(row).all():
-            position = int(np.flatnonzero(~np.isfinite(row))[0])
-            raise EmbeddingInvalidError(f"value {position} of the embedding is {row[position]}; all must be finite")
-        largest = float(np.abs(row).max())
-        if largest == 0.0:
+        units, usable = _unit_rows(row[np.newaxis])
+        if usable[0]:
+            return np.asarray(units[0])
+        if not row.any():
             raise EmbeddingInvalidError("the embedding is zero, so it has no direction to search in")
-        # Squares of very large or small values would leave the range of float64.
-        row = row / largest
-        return np.asarray(row / math.sqrt(float(row @ row)), dtype=np.float32)
+        position = int(np.flatnonzero(~np.isfinite(row))[0])
+        raise EmbeddingInvalidError(f"value {position} of the embedding is {row[position]}; all must be finite")
 
     def validate_options(self, options: LocateOptions) -> None:
         """Checks the options of one query, its region's cells included.
@@ -290,8 +292,8 @@ class Locator:
             options: How each row is located, n of them.
 
         Returns:
-            For each row its location, or the error that says why it has none. A location's `search_ms` is the time of
-            the call of the index that the row shared with others.
+            For each row its location, or the error that says why it has none. A location's timings are those of the
+            call of the index and of the posteriors that the row shared with others.
 
         Raises:
             ValueError: There are not as many options as rows.
@@ -299,20 +301,26 @@ class Locator:
         if len(embeddings) != len(options):
             raise ValueError(f"{len(embeddings)} embeddings but {len(options)} options; give one for each")
         results: dict[int, Location | InputError] = {}
-        groups: defaultdict[_SearchPlan, list[tuple[int, NDArray[np.float32]]]] = defaultdict(list)
-        for row, (embedding, wanted) in enumerate(zip(embeddings, options, strict=True)):
+        groups: defaultdict[_SearchPlan, list[int]] = defaultdict(list)
+        queries = np.asarray(embeddings)
+        has_dimension = queries.shape[1:] == (self.manifest.dimension,)
+        units, usable = _unit_rows(queries) if has_dimension else (queries, np.zeros(len(queries), dtype=bool))
+        for row, (is_usable, wanted) in enumerate(zip(usable.tolist(), options, strict=True)):
             try:
-                groups[self._plan(wanted)].append((row, self.normalise_embedding(embedding)))
+                plan = self._plan(wanted)
+                if not is_usable:
+                    self.normalise_embedding(embeddings[row])
             except InputError as error:
                 results[row] = error
+            else:
+                groups[plan].append(row)
         for plan, members in groups.items():
             scores = self.tree.cell_counts[-1] if plan.width is None else max(plan.width, REACHED_LEAVES)
             size = max(1, _MAX_SCORES // scores)
             for start in range(0, len(members), size):
-                part = members[start : start + size]
-                queries = np.stack([embedding for _, embedding in part])
-                located = self._locate_alike(queries, plan, [options[row] for row, _ in part])
-                results.update(zip((row for row, _ in part), located, strict=True))
+                rows = members[start : start + size]
+                located = self._locate_alike(units[rows], plan, [options[row] for row in rows])
+                results.update(zip(rows, located, strict=True))
         return [results[row] for row in range(len(options))]
 
     def locate(
@@ -409,72 +417,108 @@ class Locator:
         else:
             hits = self.index.exact(embeddings, k=self.tree.cell_counts[-1], leaf_ranges=plan.leaf_ranges)
         search_ms = _milliseconds_since(begun)
-        return [
-            self._answer(ordinals[ordinals >= 0], scores[ordinals >= 0], wanted, search_ms)
-            for ordinals, scores, wanted in zip(hits.ordinals, hits.scores, options, strict=True)
-        ]
+        size = max(1, _POSTERIOR_BLOCK // hits.ordinals.shape[1])
+        located: list[Location] = []
+        for start in range(0, len(options), size):
+            rows = slice(start, start + size)
+            located += self._answer(hits.ordinals[rows], hits.scores[rows], options[rows], search_ms)
+        return located
 
     def _answer(
-        self, ordinals: NDArray[np.int64], scores: NDArray[np.float32], options: LocateOptions, search_ms: float
-    ) -> Location:
+        self,
+        ordinals: NDArray[np.int64],
+        scores: NDArray[np.float32],
+        options: Sequence[LocateOptions],
+        search_ms: float,
+    ) -> list[Location]:
         begun = time.perf_counter()
-        posterior = infer(
-            ordinals, scores, self._leaves, self.calibration.temperature, point=self.manifest.point_estimator
-        )
-        mass = self.calibration.mass_for_confidence(options.confidence_level)
-        alternatives = self._alternatives(posterior, options.top_k)
-        h3_cell = None
-        if options.h3_resolution is not None:
-            h3_cell = h3.latlng_to_cell(posterior.latitude_deg, posterior.longitude_deg, options.h3_resolution)
-        location = Location(
-            latitude_deg=posterior.latitude_deg,
-            longitude_deg=posterior.longitude_deg,
-            radius_km=posterior.radius_km(mass),
-            confidence_level=options.confidence_level,
-            probability=float(posterior.probabilities[0]),
-            path=self._path(posterior),
-            alternatives=alternatives,
-            credible_region=self._credible_region(posterior, options.confidence_level),
-            index_version=self.index_version,
-            place=alternatives[0].place,
-            h3_cell=h3_cell,
-        )
-        timings = Timings(search_ms=search_ms, posterior_ms=_milliseconds_since(begun))
-        return replace(location, timings=timings)
-
-    def _path(self, posterior: Posterior) -> tuple[PathCell, ...]:
-        path = self.tree.ancestors(posterior.ordinals[:1])[0].tolist()
-        cells = list(enumerate(path, start=1))
-        ranges = [self.tree.leaf_range(level, ordinal) for level, ordinal in cells]
-        masses = path_masses(posterior.probabilities, posterior.ordinals, ranges).tolist()
-        return tuple(
-            PathCell(level, self.tree.tokens(level, [ordinal])[0], mass)
-            for (level, ordinal), mass in zip(cells, masses, strict=True)
-        )
-
-    def _alternatives(self, posterior: Posterior, top_k: int) -> tuple[Alternative, ...]:
-        ordinals = posterior.ordinals[:top_k]
-        level, leaves = self.tree.level_count, self.tree.leaves
-        return tuple(
-            Alternative(token, probability, latitude_deg, longitude_deg, self.tree.place(level, ordinal))
-            for token, probability, latitude_deg, longitude_deg, ordinal in zip(
-                self.tree.tokens(level, ordinals),
-                posterior.probabilities[:top_k].tolist(),
-                leaves.latitude_deg[ordinals].tolist(),
-                leaves.longitude_deg[ordinals].tolist(),
-                ordinals.tolist(),
+        temperature, point = self.calibration.temperature, self.manifest.point_estimator
+        shown = [wanted.top_k for wanted in options]
+        posteriors = infer(ordinals, scores, self._leaves, temperature, point, shown=max(shown))
+        confidence = np.array([wanted.confidence_level for wanted in options])
+        parts = list(
+            zip(
+                options,
+                posteriors.latitude_deg.tolist(),
+                posteriors.longitude_deg.tolist(),
+                posteriors.radius_km(self.calibration.mass_for_confidence(confidence)).tolist(),
+                self._paths(posteriors),
+                self._alternatives(posteriors, np.array(shown)),
+                self._credible_regions(posteriors, confidence),
                 strict=True,
             )
         )
+        timings = Timings(search_ms=search_ms, posterior_ms=_milliseconds_since(begun))
+        return [
+            Location(
+                latitude_deg=latitude_deg,
+                longitude_deg=longitude_deg,
+                radius_km=radius_km,
+                confidence_level=wanted.confidence_level,
+                probability=alternatives[0].probability,
+                path=path,
+                alternatives=alternatives,
+                credible_region=region,
+                index_version=self.index_version,
+                place=alternatives[0].place,
+                h3_cell=_h3_cell(latitude_deg, longitude_deg, wanted.h3_resolution),
+                timings=timings,
+            )
+            for wanted, latitude_deg, longitude_deg, radius_km, path, alternatives, region in parts
+        ]
 
-    def _credible_region(self, posterior: Posterior, confidence_level: float) -> CredibleRegion:
-        # The recalibration was fitted to circles around the estimate, so it has nothing to say about sets of leaves.
-        chosen = posterior.credible_leaves(confidence_level)
-        return CredibleRegion(
-            tokens=tuple(self.tree.tokens(self.tree.level_count, posterior.ordinals[chosen])),
-            area_km2=float(posterior.area_km2[chosen].sum()),
-            probability=min(float(np.cumsum(posterior.probabilities[chosen])[-1]), 1.0),
+    def _paths(self, posteriors: Posteriors) -> list[tuple[PathCell, ...]]:
+        paths = self.tree.ancestors(posteriors.ordinals[:, 0])
+        masses = path_masses(posteriors.probabilities, posteriors.ordinals, self.tree.leaf_ranges(paths))
+        levels = range(1, self.tree.level_count + 1)
+        cells = zip(self.tree.path_tokens(paths), masses.tolist(), strict=True)
+        return [tuple(map(PathCell, levels, *columns)) for columns in cells]
+
+    def _alternatives(self, posteriors: Posteriors, shown: NDArray[np.int64]) -> list[tuple[Alternative, ...]]:
+        counts = np.minimum(shown, (posteriors.ordinals >= 0).sum(axis=1))
+        is_shown = np.arange(posteriors.ordinals.shape[1]) < counts[:, np.newaxis]
+        ordinals = posteriors.ordinals[is_shown]
+        level, leaves = self.tree.level_count, self.tree.leaves
+        alternatives = map(
+            Alternative,
+            self.tree.tokens(level, ordinals),
+            posteriors.probabilities[is_shown].tolist(),
+            leaves.latitude_deg[ordinals].tolist(),
+            leaves.longitude_deg[ordinals].tolist(),
+            self.tree.places(level, ordinals.tolist()),
         )
+        return [tuple(itertools.islice(alternatives, count)) for count in counts.tolist()]
+
+    def _credible_regions(self, posteriors: Posteriors, confidence: NDArray[np.float64]) -> list[CredibleRegion]:
+        # The recalibration was fitted to circles around the estimate, so it has nothing to say about sets of leaves.
+        chosen = posteriors.credible_leaves(confidence)
+        is_chosen = np.arange(chosen.positions.shape[1]) < chosen.counts[:, np.newaxis]
+        rows, _ = np.nonzero(is_chosen)
+        ordinals = posteriors.ordinals[rows, chosen.positions[is_chosen]]
+        tokens = iter(self.tree.tokens(self.tree.level_count, ordinals))
+        return [
+            CredibleRegion(tuple(itertools.islice(tokens, count)), area_km2, mass)
+            for count, area_km2, mass in zip(
+                chosen.counts.tolist(), chosen.area_km2.tolist(), chosen.masses.tolist(), strict=True
+            )
+        ]
+
+
+def _h3_cell(latitude_deg: float, longitude_deg: float, resolution: int | None) -> str | None:
+    return None if resolution is None else h3.latlng_to_cell(latitude_deg, longitude_deg, resolution)
+
+
+def _unit_rows(embeddings: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Rows (n, d) scaled to unit length, and (n,) which of them can be: the others are zero or not finite."""
+    rows = np.array(embeddings, dtype=np.float64)
+    largest = np.abs(rows).max(axis=1)
+    usable = (largest > 0.0) & (largest < math.inf)
+    if not usable.all():
+        rows[~usable] = largest[~usable] = 1.0
+    # Squares of very large or small values would leave the range of float64.
+    rows /= largest[:, np.newaxis]
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return (rows / lengths[:, np.newaxis]).astype(np.float32), usable
 
 
 def _with_image_timings(result: Location | InputError, decode_ms: float, encode_ms: float) -> Location | InputError:

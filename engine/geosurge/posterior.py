@@ -1,4 +1,4 @@
-"""From leaf scores to an answer with its uncertainty: one query at a time, plain numpy.
+"""From leaf scores to answers with their uncertainty: a batch of queries at a time, plain numpy.
 
 The posterior of a query is a mixture over the m leaves that the search returned.
 
@@ -22,16 +22,26 @@ mode does not pull it into the sea between. w is `WINDOW_SPREADS` times the spre
 
     M(r) = sum_i p_i * area(disc_i ∩ circle(x, r)) / area(disc_i)
 
-with great-circle distances between x and the discs, and the lens of two circles in the plane: discs are small against
-the Earth. M is monotone; its inverse is rounded up to the next radius of a geometric series (0.05 % apart), so that a
-radius never decreases with the mass asked for and always holds it.
+with great-circle distances d between x and the discs' centres, and the lens of two circles in the plane: discs are
+small against the Earth. With H = 4 * area of the triangle of sides r, R and d (0 where there is none), and the half
+angles a and b under which the centres of disc and circle see the common chord,
+
+    a = atan2(H, d² + R² - r²),    b = atan2(H, d² + r² - R²),
+    area(lens) / area(disc) = (a + (r / R)² b - H / (2 R²)) / pi
+
+which also holds where one circle lies inside or outside of the other. The slope is that of the arcs inside the discs,
+2 r b each: M'(r) = sum_i p_i * 2 r b_i / (pi R_i²). M is monotone; its inverse, found by Newton's steps, is rounded up
+to the next radius of a geometric series (0.05 % apart), so that a radius never decreases with the mass asked for and
+always holds it.
 
 **Recalibration.** u = M(distance to the truth) is uniform where the posterior is right. Its quantiles on held-out data
 map a nominal confidence to the mass that has to be enclosed for the circle to hold the truth that often
 (`fit_recalibration`; Kuleshov et al. 2018). This mends what one temperature cannot: discs that are no discs, leaves
 that the search misses.
 
-**Cost.** Linear in m apart from three sorts; nothing is stored but `LeafShapes`, 48 bytes a leaf. Leaves that
+**Cost.** A batch is arrays of shape (n, m), so that its queries share numpy's cost of a call. Leaves that together hold
+less than `LOST_MASS` are dropped before anything else, which leaves some hundreds of the 16,000 of an exact search; the
+cost is linear in what remains, apart from three sorts. Nothing is stored but `LeafShapes`, 40 bytes a leaf. Leaves that
 together hold less than `NEGLIGIBLE_MASS` count as outside of every circle and region.
 """
 
@@ -62,11 +72,15 @@ MIN_DISC_RADIUS_KM: Final = 1e-3
 
 NEGLIGIBLE_MASS: Final = 1e-6
 
+LOST_MASS: Final = 1e-12
+"""What the leaves that `infer` drops hold together, at most: less than any answer shows."""
+
 HALF_CIRCUMFERENCE_KM: Final = math.pi * EARTH_RADIUS_KM
 
 _RADIUS_STEP: Final = math.log1p(5e-4)
 _MIN_RADIUS_KM: Final = 1e-4
 _MAX_MEAN_STEPS: Final = 50
+_MAX_NEWTON_STEPS: Final = 6
 _RECALIBRATION_LEVELS: Final = (*(step / 20 for step in range(20)), 0.975, 0.99, 0.995, 0.999, 1.0)
 
 
@@ -86,40 +100,57 @@ class LeafShapes:
 
 
 @dataclass(frozen=True)
-class Posterior:
-    """What is known of one query's location. Arrays are in the order of the leaves given, most likely first.
+class Posteriors:
+    """What is known of the locations of n queries. Row i is query i's, its most likely leaf first.
 
     Attributes:
-        ordinals: (m,) leaf ordinals.
-        probabilities: (m,) probabilities that sum to one.
-        latitude_deg: Latitude of the point estimate.
-        longitude_deg: Longitude of the point estimate.
-        unit_vector: (3,) direction of the point estimate.
-        distance_km: (m,) great-circle distances of the leaves' means to the point estimate.
-        disc_radius_km: (m,) radii of the leaves' discs.
-        area_km2: (m,) areas of the leaves.
+        ordinals: (n, m) leaf ordinals; -1 pads the rows of queries with fewer leaves.
+        probabilities: (n, m) probabilities; each row sums to one, padding has none.
+        latitude_deg: (n,) latitudes of the point estimates.
+        longitude_deg: (n,) longitudes of the point estimates.
+        unit_vectors: (n, 3) directions of the point estimates.
+        distance_km: (n, m) great-circle distances of the leaves' means to the point estimate.
+        disc_radius_km: (n, m) radii of the leaves' discs.
+        area_km2: (n, m) areas of the leaves.
     """
 
     ordinals: Int64Array
     probabilities: Float64Array
-    latitude_deg: float
-    longitude_deg: float
-    unit_vector: Float64Array
+    latitude_deg: Float64Array
+    longitude_deg: Float64Array
+    unit_vectors: Float64Array
     distance_km: Float64Array
     disc_radius_km: Float64Array
     area_km2: Float64Array
 
-    def mass_within(self, radius_km: float) -> float:
-        """Posterior mass within a great-circle distance of the point estimate; see `mass_within`."""
+    def mass_within(self, radius_km: ArrayLike) -> Float64Array:
+        """(n,) posterior masses within great-circle distances of the point estimates; see `mass_within`."""
         return mass_within(radius_km, self.probabilities, self.distance_km, self.disc_radius_km)
 
-    def radius_km(self, mass: float) -> float:
-        """Radius around the point estimate that holds a mass; see `radius_for_mass`."""
+    def radius_km(self, mass: ArrayLike) -> Float64Array:
+        """(n,) radii around the point estimates that hold masses; see `radius_for_mass`."""
         return radius_for_mass(mass, self.probabilities, self.distance_km, self.disc_radius_km)
 
-    def credible_leaves(self, mass: float) -> Int64Array:
-        """(k,) positions, in this posterior, of the leaves that hold a mass on least area; see `credible_leaves`."""
+    def credible_leaves(self, mass: ArrayLike) -> CredibleLeaves:
+        """The leaves that hold a mass on least area; see `credible_leaves`."""
         return credible_leaves(mass, self.probabilities, self.area_km2)
+
+
+@dataclass(frozen=True)
+class CredibleLeaves:
+    """Sets of leaves of n queries.
+
+    Attributes:
+        positions: (n, k) positions in the queries' rows, densest first.
+        counts: (n,) how many of them belong to the set, at least 1; the positions after them do not.
+        masses: (n,) posterior masses of the sets.
+        area_km2: (n,) areas of the sets.
+    """
+
+    positions: Int64Array
+    counts: Int64Array
+    masses: Float64Array
+    area_km2: Float64Array
 
 
 @dataclass(frozen=True)
@@ -149,11 +180,12 @@ class Calibration:
         if not (masses[0] >= 0.0 and masses[-1] <= 1.0 and (np.diff(masses) >= 0).all()):
             raise ValueError("posterior_masses must lie in [0, 1] and never decrease")
 
-    def mass_for_confidence(self, confidence_level: float) -> float:
-        """Posterior mass that a circle must enclose to hold the truth with a confidence; linear between levels."""
+    def mass_for_confidence(self, confidence_level: ArrayLike) -> Float64Array:
+        """Posterior masses that circles must enclose to hold the truth with confidences; linear between levels."""
+        confidence = np.asarray(confidence_level, dtype=np.float64)
         if not self.confidence_levels:
-            return confidence_level
-        return float(np.interp(confidence_level, self.confidence_levels, self.posterior_masses))
+            return confidence
+        return np.asarray(np.interp(confidence, self.confidence_levels, self.posterior_masses))
 
 
 def leaf_shapes(
@@ -180,35 +212,41 @@ def infer(
     leaves: LeafShapes,
     temperature: float = 1.0,
     point: PointEstimate = "posterior_mean",
-) -> Posterior:
-    """Turns the leaves that a search returned into a posterior.
+    *,
+    shown: int = 1,
+) -> Posteriors:
+    """Turns the leaves that a search returned into posteriors.
 
     Args:
-        ordinals: (m,) ordinals of the leaves, best first, m at least 1, no padding.
-        scores: (m,) composite inner products, descending.
+        ordinals: (n, m) ordinals of the leaves, best first; -1 pads. Every query has one leaf at least.
+        scores: (n, m) composite inner products, descending; -inf where the ordinal is -1.
         leaves: The leaves of the index.
         temperature: Divides the scores.
         point: How the point estimate is made.
+        shown: Leaves to keep of each query however unlikely they are.
 
     Returns:
-        The posterior over these leaves alone: see `leaf_posterior` for what that means after a beam search.
+        The posteriors over these leaves alone: see `leaf_posterior` for what that means after a beam search. Leaves
+        that hold less than `LOST_MASS` together are left out.
     """
-    probabilities = leaf_posterior(scores, temperature)
-    vectors = leaves.unit_vectors[ordinals]
-    spread_km = leaves.spread_km[ordinals]
-    estimate = vectors[0]
+    kept = max(_kept_count(scores, temperature), min(shown, scores.shape[1]))
+    ordinals = ordinals[:, :kept]
+    probabilities = leaf_posterior(scores[:, :kept], temperature)
+    vectors = leaves.unit_vectors.take(ordinals, axis=0)
+    spread_km = leaves.spread_km.take(ordinals)
+    estimates = vectors[:, 0]
     if point == "posterior_mean":
-        estimate = posterior_mean(probabilities, vectors, WINDOW_SPREADS * float(spread_km[0]))
-    latitude_deg, longitude_deg = unit_vector_to_latlng(estimate)
-    return Posterior(
+        estimates = posterior_mean(probabilities, vectors, WINDOW_SPREADS * spread_km[:, 0])
+    latitude_deg, longitude_deg = unit_vector_to_latlng(estimates)
+    return Posteriors(
         ordinals=ordinals,
         probabilities=probabilities,
-        latitude_deg=float(latitude_deg),
-        longitude_deg=float(longitude_deg),
-        unit_vector=estimate,
-        distance_km=_distances_km(vectors, estimate),
+        latitude_deg=latitude_deg,
+        longitude_deg=longitude_deg,
+        unit_vectors=estimates,
+        distance_km=_distances_km(vectors, estimates),
         disc_radius_km=disc_radius_km(spread_km),
-        area_km2=leaves.area_km2[ordinals],
+        area_km2=leaves.area_km2.take(ordinals),
     )
 
 
@@ -220,61 +258,62 @@ def leaf_posterior(scores: NDArray[np.floating], temperature: float = 1.0) -> Fl
     from the sum; the two agree as far as the beam holds the mass. Never pass only the few leaves that will be shown.
 
     Args:
-        scores: (m,) composite inner products; -inf has probability zero.
+        scores: (..., m) composite inner products; -inf has probability zero.
         temperature: Positive.
 
     Returns:
-        (m,) float64, sum one.
+        (..., m) float64; the sums over the last axis are one.
     """
-    row = np.asarray(scores, dtype=np.float64)
+    rows = np.asarray(scores, dtype=np.float64)
     # A score divided by a temperature of almost nothing would leave the range of float64.
-    weights = np.exp((row - row.max()) / temperature)
-    return np.asarray(weights / weights.sum())
+    weights = np.exp((rows - rows.max(axis=-1, keepdims=True)) / temperature)
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
 
 def path_masses(probabilities: Float64Array, ordinals: Int64Array, leaf_ranges: ArrayLike) -> Float64Array:
-    """Posterior mass under cells.
+    """Posterior masses under cells.
 
     Args:
-        probabilities: (m,) probabilities.
-        ordinals: (m,) their leaf ordinals.
-        leaf_ranges: (c, 2) half-open ranges of leaf ordinals, one for each cell (the descendants of a cell are
+        probabilities: (n, m) probabilities.
+        ordinals: (n, m) their leaf ordinals.
+        leaf_ranges: (n, c, 2) half-open ranges of leaf ordinals, one for each cell (the descendants of a cell are
             contiguous).
 
     Returns:
-        (c,) masses.
+        (n, c) masses.
     """
     ranges = np.asarray(leaf_ranges, dtype=np.int64)
-    inside = (ordinals >= ranges[:, :1]) & (ordinals < ranges[:, 1:])
+    leaf = ordinals[:, np.newaxis]
+    inside = (leaf >= ranges[..., :1]) & (leaf < ranges[..., 1:])
     # A mass of one must not read 1.0000000000000002.
-    return np.minimum(inside @ probabilities, 1.0)
+    return np.asarray(np.minimum(np.matmul(inside, probabilities[..., np.newaxis])[..., 0], 1.0))
 
 
-def posterior_mean(probabilities: Float64Array, unit_vectors: Float64Array, window_km: float) -> Float64Array:
+def posterior_mean(probabilities: Float64Array, unit_vectors: Float64Array, window_km: ArrayLike) -> Float64Array:
     """Mean of the leaves around the most likely one: a local minimum of the expected squared error capped at a window.
 
     Args:
-        probabilities: (m,) probabilities, the largest first.
-        unit_vectors: (m, 3) directions of the leaves' means.
-        window_km: Leaves farther than this from the current point do not move it. `MIN_DISC_RADIUS_KM` at least: a leaf
-            whose samples all lie on one spot has no spread, and rounding would put it outside of a window of nothing.
+        probabilities: (n, m) probabilities, the largest first.
+        unit_vectors: (n, m, 3) directions of the leaves' means.
+        window_km: (n,) leaves farther than this from the current point do not move it. `MIN_DISC_RADIUS_KM` at least: a
+            leaf whose samples all lie on one spot has no spread, and rounding would put it outside of a window of
+            nothing.
 
     Returns:
-        (3,) unit vector.
+        (n, 3) unit vectors.
     """
-    window_km = max(window_km, MIN_DISC_RADIUS_KM)
-    window_chord = 2.0 * math.sin(min(window_km / EARTH_RADIUS_KM, math.pi / 2) / 2.0)
-    point = unit_vectors[0]
-    members = np.zeros(len(probabilities), dtype=bool)
+    window = np.maximum(window_km, MIN_DISC_RADIUS_KM) / EARTH_RADIUS_KM
+    smallest_cosine = np.cos(np.minimum(window, math.pi / 2))[:, np.newaxis]
+    points = unit_vectors[:, 0]
+    members: NDArray[np.bool_] | None = None
     for _ in range(_MAX_MEAN_STEPS):
-        offsets = unit_vectors - point
-        near = np.einsum("ij,ij->i", offsets, offsets) <= window_chord**2
-        if np.array_equal(near, members):
+        near = np.matmul(unit_vectors, points[..., np.newaxis])[..., 0] >= smallest_cosine
+        if members is not None and np.array_equal(near, members):
             break
         members = near
-        mean = probabilities[near] @ unit_vectors[near]
-        point = mean / math.sqrt(float(mean @ mean))
-    return np.asarray(point)
+        means = np.matmul((probabilities * near)[:, np.newaxis], unit_vectors)[:, 0]
+        points = means / np.sqrt((means * means).sum(axis=1, keepdims=True))
+    return np.asarray(points)
 
 
 def disc_radius_km(spread_km: ArrayLike) -> Float64Array:
@@ -283,10 +322,7 @@ def disc_radius_km(spread_km: ArrayLike) -> Float64Array:
 
 
 def disc_fraction_within(radius_km: ArrayLike, distance_km: ArrayLike, disc_radius_km: ArrayLike) -> Float64Array:
-    """Share of a disc's area that lies within a circle, in the plane.
-
-    The lens of circles of radius r and R at distance d is two circular segments, R²(a - sin a cos a) + r²(b - sin b
-    cos b), with the half angles a and b under which the centres see the common chord.
+    """Share of a disc's area that lies within a circle, in the plane; see the module.
 
     Args:
         radius_km: Radii r of the circle.
@@ -294,94 +330,100 @@ def disc_fraction_within(radius_km: ArrayLike, distance_km: ArrayLike, disc_radi
         disc_radius_km: Radii R of the discs, positive.
 
     Returns:
-        Shares in [0, 1] of the broadcast shape.
+        Shares in [0, 1] of the broadcast shape, to within some 1e-15 (1 + r / R).
     """
-    r, d, disc = np.broadcast_arrays(
-        np.asarray(radius_km, np.float64), np.asarray(distance_km, np.float64), np.asarray(disc_radius_km, np.float64)
-    )
-    share = np.where(r >= d + disc, 1.0, 0.0)
-    share = np.where((r < disc) & (d <= disc - r), (r / disc) ** 2, share)
-    crossing = (d > np.abs(r - disc)) & (d < r + disc)
-    if crossing.any():
-        r, d, disc = r[crossing], d[crossing], disc[crossing]
-        along = ((d - r) * (d + r) + disc * disc) / (2.0 * d)
-        disc_angle = np.arccos(np.clip(along / disc, -1.0, 1.0))
-        circle_angle = np.arctan2(disc * np.sin(disc_angle), d - along)
-        lens = _segment(disc_angle) + (r / disc) ** 2 * _segment(circle_angle)
-        share[crossing] = np.clip(lens / math.pi, 0.0, 1.0)
-    return share
+    square = np.square(np.asarray(radius_km, np.float64))
+    distance, disc = np.asarray(distance_km, np.float64), np.asarray(disc_radius_km, np.float64)
+    far, area = distance * distance, disc * disc
+    triangle, outside, inside = _lens(square, far + area, 2.0 * distance * disc, 2.0 * far)
+    lost = outside + (triangle / 2.0 - square * inside) / area
+    return np.clip(1.0 - lost / math.pi, 0.0, 1.0)
 
 
 def mass_within(
-    radius_km: float, probabilities: Float64Array, distance_km: Float64Array, disc_radius_km: Float64Array
-) -> float:
-    """Posterior mass within a radius of the point that distances were measured from.
+    radius_km: ArrayLike, probabilities: Float64Array, distance_km: Float64Array, disc_radius_km: Float64Array
+) -> Float64Array:
+    """Posterior masses within radii of the points that distances were measured from.
 
     Args:
-        radius_km: Great-circle radius; from half the Earth's circumference on, everything is inside.
-        probabilities: (m,) probabilities.
-        distance_km: (m,) distances of the leaves' means to the point.
-        disc_radius_km: (m,) radii of the leaves' discs.
+        radius_km: (n,) great-circle radii, or one for all; from half the Earth's circumference on, everything is
+            inside.
+        probabilities: (n, m) probabilities.
+        distance_km: (n, m) distances of the leaves' means to the point.
+        disc_radius_km: (n, m) radii of the leaves' discs.
 
     Returns:
-        Mass in [0, 1].
+        (n,) masses in [0, 1].
     """
-    if radius_km >= HALF_CIRCUMFERENCE_KM:
-        return 1.0
-    return min(float(probabilities @ disc_fraction_within(radius_km, distance_km, disc_radius_km)), 1.0)
+    radius = np.asarray(radius_km, dtype=np.float64)
+    shares = disc_fraction_within(radius[..., np.newaxis], distance_km, disc_radius_km)
+    return np.where(radius >= HALF_CIRCUMFERENCE_KM, 1.0, np.minimum((probabilities * shares).sum(axis=-1), 1.0))
 
 
 def radius_for_mass(
-    mass: float, probabilities: Float64Array, distance_km: Float64Array, disc_radius_km: Float64Array
-) -> float:
-    """Smallest radius, rounded up by at most 0.05 %, within which a posterior mass lies.
+    mass: ArrayLike, probabilities: Float64Array, distance_km: Float64Array, disc_radius_km: Float64Array
+) -> Float64Array:
+    """Smallest radii, rounded up by at most 0.05 %, within which posterior masses lie.
 
     Args:
-        mass: Mass to enclose, at most one; from ``1 - NEGLIGIBLE_MASS`` on, the least likely leaves are left out.
-        probabilities: (m,) probabilities, descending.
-        distance_km: (m,) distances of the leaves' means to the point.
-        disc_radius_km: (m,) radii of the leaves' discs.
+        mass: (n,) masses to enclose, at most one, or one for all; from ``1 - NEGLIGIBLE_MASS`` on, the least likely
+            leaves are left out.
+        probabilities: (n, m) probabilities, descending.
+        distance_km: (n, m) distances of the leaves' means to the point.
+        disc_radius_km: (n, m) radii of the leaves' discs.
 
     Returns:
-        Kilometres, at most half the Earth's circumference; never decreasing in ``mass``.
+        (n,) kilometres, at most half the Earth's circumference; never decreasing in ``mass``.
     """
-    kept = _significant_count(probabilities)
-    p, distance, disc = probabilities[:kept], distance_km[:kept], disc_radius_km[:kept]
-    target = min(mass, 1.0 - NEGLIGIBLE_MASS)
+    target = _reachable(mass, len(probabilities))
+    p = _significant(probabilities)
+    distance, disc = distance_km[:, : p.shape[1]], disc_radius_km[:, : p.shape[1]]
     near, far = distance - disc, distance + disc
     # No disc that starts beyond the answer counts, every disc that ends before it does: this brackets the radius.
     lower, upper = _weighted_quantile(near, p, target), _weighted_quantile(far, p, target)
-    certain = far <= lower
-    base = float(p[certain].sum())
-    open_discs = ~certain & (near < upper)
-    p, distance, disc = p[open_discs], distance[open_discs], disc[open_discs]
+    certain = far <= lower[:, np.newaxis]
+    rows, columns = np.nonzero(~certain & (near < upper[:, np.newaxis]) & (p > 0.0))
+    needed = target - (p * certain).sum(axis=1)
+    discs = _Discs.of(rows, p[rows, columns], distance[rows, columns], disc[rows, columns], len(p))
     low, high = _radius_step(lower) - 1, _radius_step(upper)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if base + float(p @ disc_fraction_within(_radius_at(middle), distance, disc)) >= target:
-            high = middle
-        else:
-            low = middle
-    return min(_radius_at(high), HALF_CIRCUMFERENCE_KM)
+    radius = (np.maximum(lower, 0.0) + upper) / 2.0
+    tried = 0
+    while (is_open := high - low > 1).any():
+        # Newton's steps settle nearly all; halving ends what they do not, such as a gap between two discs.
+        step = (low + high) // 2
+        if tried < _MAX_NEWTON_STEPS:
+            step = np.minimum(np.maximum(_radius_step(radius), low + 1), high - 1)
+        tried += 1
+        radius = _radius_at(step)
+        held, slope = discs.mass_and_slope(radius)
+        is_enough = held >= needed
+        high = np.where(is_open & is_enough, step, high)
+        low = np.where(is_open & ~is_enough, step, low)
+        radius += (needed - held) / np.maximum(slope, 1e-300)
+    return np.minimum(_radius_at(high), HALF_CIRCUMFERENCE_KM)
 
 
-def credible_leaves(mass: float, probabilities: Float64Array, area_km2: Float64Array) -> Int64Array:
+def credible_leaves(mass: ArrayLike, probabilities: Float64Array, area_km2: Float64Array) -> CredibleLeaves:
     """Leaves in order of probability density, probability per area, until they hold a mass.
 
     No other set of leaves that holds as much has less area.
 
     Args:
-        mass: Mass to hold, at most one; from ``1 - NEGLIGIBLE_MASS`` on, the least likely leaves are left out.
-        probabilities: (m,) probabilities.
-        area_km2: (m,) areas, positive.
-
-    Returns:
-        (k,) positions in ``probabilities``, densest first, k at least 1.
+        mass: (n,) masses to hold, at most one, or one for all; from ``1 - NEGLIGIBLE_MASS`` on, the least likely leaves
+            are left out.
+        probabilities: (n, m) probabilities.
+        area_km2: (n, m) areas, positive.
     """
-    density = probabilities / area_km2
-    order = np.argsort(-density, kind="stable")
-    count = int(np.searchsorted(np.cumsum(probabilities[order]), min(mass, 1.0 - NEGLIGIBLE_MASS))) + 1
-    return order[:count]
+    order = np.argsort(-probabilities / area_km2, axis=1, kind="stable")
+    held = _in_order(probabilities, order).cumsum(axis=1)
+    target = _reachable(mass, len(probabilities))
+    counts = np.minimum((held < target[:, np.newaxis]).sum(axis=1) + 1, order.shape[1])
+    largest = int(counts.max())
+    positions = order[:, :largest]
+    chosen = np.arange(largest) < counts[:, np.newaxis]
+    area = (_in_order(area_km2, positions) * chosen).sum(axis=1)
+    masses = np.minimum(held[np.arange(len(held)), counts - 1], 1.0)
+    return CredibleLeaves(positions, counts, masses, area)
 
 
 def fit_temperature(queries: Sequence[tuple[NDArray[np.floating], int]]) -> float:
@@ -467,36 +509,110 @@ def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, bins:
     return float(np.abs(gaps).sum() / confidence.size)
 
 
-def _distances_km(unit_vectors: Float64Array, point: Float64Array) -> Float64Array:
-    offsets = unit_vectors - point
-    half_chords = np.sqrt(np.einsum("ij,ij->i", offsets, offsets)) / 2.0
+@dataclass(frozen=True)
+class _Discs:
+    """Discs of n queries, each with its query's row: what `radius_for_mass` needs of them again and again.
+
+    Attributes:
+        count: The number n of queries.
+        rows: (k,) query of each disc.
+        total: (k,) d² + R².
+        product: (k,) 2 d R.
+        twice_far: (k,) 2 d².
+        weight: (k,) p / pi.
+        density: (k,) p / (pi R²).
+        mass: (n,) probability of all discs of a query.
+    """
+
+    count: int
+    rows: Int64Array
+    total: Float64Array
+    product: Float64Array
+    twice_far: Float64Array
+    weight: Float64Array
+    density: Float64Array
+    mass: Float64Array
+
+    @classmethod
+    def of(cls, rows: Int64Array, p: Float64Array, distance: Float64Array, disc: Float64Array, count: int) -> _Discs:
+        """Discs of ``count`` queries from (k,) rows, probabilities, distances d and radii R."""
+        far, area, weight = distance * distance, disc * disc, p / math.pi
+        mass = _sum_rows(rows, p, count)
+        return cls(count, rows, far + area, 2.0 * distance * disc, 2.0 * far, weight, weight / area, mass)
+
+    def mass_and_slope(self, radius_km: Float64Array) -> tuple[Float64Array, Float64Array]:
+        """(n,) masses M of the discs within each query's radius, and (n,) their derivatives by the radius."""
+        square = radius_km * radius_km
+        triangle, outside, inside = _lens(square[self.rows], self.total, self.product, self.twice_far)
+        lost = _sum_rows(self.rows, self.weight * outside + self.density * (triangle / 2.0), self.count)
+        arcs = _sum_rows(self.rows, self.density * inside, self.count)
+        return self.mass - lost + square * arcs, 2.0 * radius_km * arcs
+
+
+def _lens(
+    square: Float64Array, total: Float64Array, product: Float64Array, twice_far: Float64Array
+) -> tuple[Float64Array, Float64Array, Float64Array]:
+    """H, pi - a and b of the module, from r², d² + R², 2 d R and 2 d².
+
+    The supplement of a makes a circle that equals its disc hold all of it: both angles are then atan2(0, 0) = 0. Both
+    come from one difference of squares, because for nearly concentric circles only the angles' difference counts.
+    """
+    excess = square - total
+    # Heron's formula; the product is negative where the sides make no triangle.
+    area = np.sqrt(np.maximum((product + excess) * (product - excess), 0.0))
+    return area, np.arctan2(area, excess), np.arctan2(area, excess + twice_far)
+
+
+def _sum_rows(rows: Int64Array, values: Float64Array, count: int) -> Float64Array:
+    """(n,) sums of the values of each row."""
+    # Without any value, the sums would be integers.
+    return np.bincount(rows, values, count).astype(np.float64, copy=False)
+
+
+def _distances_km(unit_vectors: Float64Array, points: Float64Array) -> Float64Array:
+    offsets = unit_vectors - points[:, np.newaxis]
+    half_chords = np.sqrt(np.einsum("nij,nij->ni", offsets, offsets)) / 2.0
     return np.asarray(2.0 * EARTH_RADIUS_KM * np.arcsin(np.minimum(half_chords, 1.0)))
 
 
-def _segment(half_angle: Float64Array) -> Float64Array:
-    """Area of the unit circle's segment under a half angle, a - sin a cos a, without cancelling for small ones."""
-    angle = 2.0 * half_angle
-    cube = angle**3
-    series = cube / 6.0 * (1.0 - angle**2 / 20.0 * (1.0 - angle**2 / 42.0))
-    return np.where(angle < 0.05, series, angle - np.sin(angle)) / 2.0
+def _kept_count(scores: NDArray[np.floating], temperature: float) -> int:
+    """Leading columns outside of which no query has more than `LOST_MASS`."""
+    # A leaf this far below the best has less than its part of the mass to lose, whatever the normaliser.
+    furthest = temperature * math.log(scores.shape[1] / LOST_MASS)
+    lowest = (scores[:, :1].astype(np.float64) - furthest).astype(scores.dtype)
+    return int((scores >= lowest).sum(axis=1).max())
 
 
-def _significant_count(probabilities: Float64Array) -> int:
-    """Leading leaves that hold all but `NEGLIGIBLE_MASS`."""
-    return min(int(np.searchsorted(np.cumsum(probabilities), 1.0 - NEGLIGIBLE_MASS / 2)) + 1, len(probabilities))
+def _reachable(mass: ArrayLike, count: int) -> Float64Array:
+    """(n,) masses to look for: with the negligible ones, rounding could leave a mass out of reach."""
+    return np.asarray(np.minimum(np.broadcast_to(np.asarray(mass), count), 1.0 - NEGLIGIBLE_MASS))
 
 
-def _weighted_quantile(values: Float64Array, weights: Float64Array, mass: float) -> float:
-    """Smallest value at or below which the weights reach a mass."""
-    order = np.argsort(values, kind="stable")
-    position = int(np.searchsorted(np.cumsum(weights[order]), mass))
-    return float(values[order[min(position, len(values) - 1)]])
+def _significant(probabilities: Float64Array) -> Float64Array:
+    """The leading columns with all but `NEGLIGIBLE_MASS` of each query, without what a query has beyond that."""
+    counts = (probabilities.cumsum(axis=1) < 1.0 - NEGLIGIBLE_MASS / 2).sum(axis=1) + 1
+    largest = min(int(counts.max()), probabilities.shape[1])
+    return np.asarray(probabilities[:, :largest] * (np.arange(largest) < counts[:, np.newaxis]))
 
 
-def _radius_at(step: int) -> float:
-    return _MIN_RADIUS_KM * math.exp(step * _RADIUS_STEP)
+def _weighted_quantile(values: Float64Array, weights: Float64Array, mass: Float64Array) -> Float64Array:
+    """(n,) smallest values at or below which the weights reach a mass."""
+    order = np.argsort(values, axis=1)
+    below = (_in_order(weights, order).cumsum(axis=1) < mass[:, np.newaxis]).sum(axis=1)
+    rows = np.arange(len(values))
+    return np.asarray(values[rows, order[rows, np.minimum(below, values.shape[1] - 1)]])
 
 
-def _radius_step(radius_km: float) -> int:
-    """First step of the series of radii that is not below a radius."""
-    return max(0, math.ceil(math.log(max(radius_km, _MIN_RADIUS_KM) / _MIN_RADIUS_KM) / _RADIUS_STEP))
+def _in_order(values: Float64Array, order: Int64Array) -> Float64Array:
+    """Columns of each row in the order of that row; `np.take_along_axis`, faster."""
+    starts = np.arange(len(values))[:, np.newaxis] * values.shape[1]
+    return np.asarray(values.take(order + starts))
+
+
+def _radius_at(step: Int64Array) -> Float64Array:
+    return np.asarray(_MIN_RADIUS_KM * np.exp(step * _RADIUS_STEP))
+
+
+def _radius_step(radius_km: Float64Array) -> Int64Array:
+    """First steps of the series of radii that are not below the radii."""
+    return np.ceil(np.log(np.maximum(radius_km, _MIN_RADIUS_KM) / _MIN_RADIUS_KM) / _RADIUS_STEP).astype(np.int64)

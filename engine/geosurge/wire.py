@@ -52,45 +52,39 @@ def location_to_response(location: Location, request_id: str) -> geolocation_pb2
     Returns:
         The message.
     """
-    timings = location.timings
+    region, timings = location.credible_region, location.timings
+    # Nested messages are given as dictionaries: built as messages, each would be copied into the one around it.
     return geolocation_pb2.LocateResponse(
         request_id=request_id,
-        location=geolocation_pb2.Location(
-            latitude_deg=location.latitude_deg,
-            longitude_deg=location.longitude_deg,
-            radius_km=location.radius_km,
-            confidence_level=location.confidence_level,
-            probability=location.probability,
-            place=place_to_message(location.place),
-            h3_cell=location.h3_cell or "",
-        ),
-        path=[
-            geolocation_pb2.PathCell(level=cell.level, token=cell.token, probability=cell.probability)
-            for cell in location.path
-        ],
+        location={
+            "latitude_deg": location.latitude_deg,
+            "longitude_deg": location.longitude_deg,
+            "radius_km": location.radius_km,
+            "confidence_level": location.confidence_level,
+            "probability": location.probability,
+            "place": _place_fields(location.place),
+            "h3_cell": location.h3_cell or "",
+        },
+        path=[{"level": cell.level, "token": cell.token, "probability": cell.probability} for cell in location.path],
         alternatives=[
-            geolocation_pb2.Alternative(
-                token=leaf.token,
-                probability=leaf.probability,
-                latitude_deg=leaf.latitude_deg,
-                longitude_deg=leaf.longitude_deg,
-                place=place_to_message(leaf.place),
-            )
+            {
+                "token": leaf.token,
+                "probability": leaf.probability,
+                "latitude_deg": leaf.latitude_deg,
+                "longitude_deg": leaf.longitude_deg,
+                "place": _place_fields(leaf.place),
+            }
             for leaf in location.alternatives
         ],
-        credible_region=geolocation_pb2.CredibleRegion(
-            tokens=location.credible_region.tokens,
-            area_km2=location.credible_region.area_km2,
-            probability=location.credible_region.probability,
-        ),
+        credible_region={"tokens": region.tokens, "area_km2": region.area_km2, "probability": region.probability},
         index_version=location.index_version,
-        timings=geolocation_pb2.Timings(
-            decode_ms=timings.decode_ms,
-            queue_ms=timings.queue_ms,
-            encode_ms=timings.encode_ms,
-            search_ms=timings.search_ms,
-            posterior_ms=timings.posterior_ms,
-        ),
+        timings={
+            "decode_ms": timings.decode_ms,
+            "queue_ms": timings.queue_ms,
+            "encode_ms": timings.encode_ms,
+            "search_ms": timings.search_ms,
+            "posterior_ms": timings.posterior_ms,
+        },
     )
 
 
@@ -125,19 +119,6 @@ def response_to_location(response: geolocation_pb2.LocateResponse) -> Location:
             search_ms=timings.search_ms,
             posterior_ms=timings.posterior_ms,
         ),
-    )
-
-
-def place_to_message(place: Place | None) -> cell_pb2.Place | None:
-    """Builds the message of a place; ``None`` leaves the field unset."""
-    if place is None:
-        return None
-    return cell_pb2.Place(
-        city=place.city,
-        region=place.region,
-        country=place.country,
-        country_code=place.country_code,
-        distance_km=place.distance_km,
     )
 
 
@@ -262,6 +243,19 @@ def status_to_error(status: status_pb2.Status) -> GeoSurgeError:
     if known is not None:
         return known(status.message)
     return _ERROR_BY_CODE.get(status.code, GeoSurgeError)(status.message)
+
+
+def _place_fields(place: Place | None) -> dict[str, str | float] | None:
+    """The fields of a place's message; ``None`` leaves it unset."""
+    if place is None:
+        return None
+    return {
+        "city": place.city,
+        "region": place.region,
+        "country": place.country,
+        "country_code": place.country_code,
+        "distance_km": place.distance_km,
+    }
 
 
 def _shorten(text: str, max_bytes: int = MAX_STATUS_MESSAGE_BYTES) -> str:

@@ -87,7 +87,7 @@ def test_records_hold_what_was_written(tree: CellTree, rows: list[CellRows]) -> 
             assert cell.sample_count == written.sample_counts[ordinal]
             corners = [(corner.latitude_deg, corner.longitude_deg) for corner in cell.outline]
             np.testing.assert_array_equal(corners, written.outlines[ordinal])
-            assert tree.place(level, ordinal) == written.places[ordinal]
+            assert tree.places(level, [ordinal]) == [written.places[ordinal]]
             assert cell.s2_level == s2sphere.CellId.from_token(token).level()
 
 
@@ -128,6 +128,10 @@ def test_leaf_range_is_the_set_of_leaves_with_that_ancestor(tree: CellTree) -> N
         for ordinal in range(tree.cell_counts[level - 1]):
             first, end = tree.leaf_range(level, ordinal)
             assert list(range(first, end)) == np.flatnonzero(ancestors[:, level - 1] == ordinal).tolist()
+    ranges = tree.leaf_ranges(ancestors)
+    for leaf, path in enumerate(ancestors.tolist()):
+        expected = [list(tree.leaf_range(level, ordinal)) for level, ordinal in enumerate(path, start=1)]
+        assert ranges[leaf].tolist() == expected
 
 
 def test_leaf_columns_equal_the_records(tree: CellTree, rows: list[CellRows]) -> None:
@@ -149,6 +153,14 @@ def test_tokens_of_many_rows(tree: CellTree, rows: list[CellRows]) -> None:
         tree.tokens(3, [40])
     with pytest.raises(CellUnknownError, match="-1"):
         tree.tokens(3, [-1])
+    assert tree.tokens(3, np.arange(40)[::-3]) == list(rows[2].tokens[::-3])
+
+
+def test_tokens_of_paths_are_those_of_their_cells(tree: CellTree, rows: list[CellRows]) -> None:
+    paths = tree.ancestors([0, 89, 17, 17])
+    expected = [[rows[level].tokens[ordinal] for level, ordinal in enumerate(path)] for path in paths.tolist()]
+    assert tree.path_tokens(paths) == expected
+    assert tree.path_tokens(tree.ancestors([])) == []
 
 
 def test_find_gives_the_coarsest_or_finest_cell_with_a_token(tree: CellTree, rows: list[CellRows]) -> None:
@@ -244,13 +256,14 @@ def test_entity_and_h3_trees_are_stored_but_have_no_paths(tmp_path: Path) -> Non
             tree.check()
             assert not tree.has_s2_cells
             assert not tree.cell(1, 0).HasField("s2_level")
-            assert tree.place(1, 0) is None
+            assert tree.places(1, [0]) == [None]
             with pytest.raises(CellKindUnsupportedError, match="S2 cells only"):
                 tree.path(0.0, 0.0)
         assert entities.find("NA").ordinal == 1
         assert entities.find("NA/Khomas").ordinal == 1
         assert entities.find("NA/Khomas Region/Ω").level == 3
         assert entities.tokens(3, [2, 0]) == ["NA/Khomas Region/Ω", "CI/Bélier/Yamoussoukro"]
+        assert entities.path_tokens(entities.ancestors([2])) == [["NA", "NA/Khomas Region", "NA/Khomas Region/Ω"]]
         assert [len(cell.outline) for cell in (hexagons.cell(1, 0), hexagons.cell(2, 6))] == [6, 6]
 
 
@@ -617,8 +630,51 @@ def test_a_place_survives(tmp_path: Path) -> None:
     rows = [replace(entity_rows()[0], places=[None, Place("Windhoek", "Khomas", "Namibia", "NA", 3.25)])]
     write_cell_tree(tmp_path / "tree", rows)
     with CellTree.open(tmp_path / "tree") as tree:
-        assert tree.place(1, 0) is None
-        assert tree.place(1, 1) == Place("Windhoek", "Khomas", "Namibia", "NA", 3.25)
+        assert tree.places(1, [1, 0, 1]) == [rows[0].places[1], None, rows[0].places[1]]
+
+
+def test_places_are_read_once_and_forgotten_when_they_are_too_many(
+    rows: list[CellRows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cell_tree(tmp_path / "tree", rows)
+    monkeypatch.setattr("geosurge.cells.MAX_CACHED_PLACES", 10)
+    read: list[int] = []
+    with CellTree.open(tmp_path / "tree") as tree:
+        read_record = tree._read_record
+
+        def counted(transaction: lmdb.Transaction, level: int, ordinal: int) -> cell_pb2.Cell:
+            read.append(ordinal)
+            return read_record(transaction, level, ordinal)
+
+        monkeypatch.setattr(tree, "_read_record", counted)
+        for wanted, missing in (
+            ([3, 1, 3], [1, 3]),
+            ([1, 3], []),
+            ([3, *range(10, 17)], list(range(10, 17))),
+            ([3, 20, 21], [20, 21]),
+            ([3, 21], []),
+            ([1], [1]),
+        ):
+            read.clear()
+            assert tree.places(4, wanted) == [rows[3].places[ordinal] for ordinal in wanted]
+            assert sorted(read) == missing
+
+
+def test_places_of_cells_that_do_not_exist_or_of_a_closed_tree_are_refused(
+    rows: list[CellRows], tmp_path: Path
+) -> None:
+    write_cell_tree(tmp_path / "tree", rows)
+    with CellTree.open(tmp_path / "tree") as tree:
+        with pytest.raises(CellUnknownError, match="0 to 89, not 90"):
+            tree.places(4, [3, 90])
+        with pytest.raises(CellUnknownError, match="-1"):
+            tree.places(4, [-1])
+        with pytest.raises(LevelOutOfRangeError):
+            tree.places(5, [0])
+        assert tree.places(4, []) == []
+        assert tree.places(4, [3]) == [rows[3].places[3]]
+    with pytest.raises(RuntimeError, match="closed"):
+        tree.places(4, [3])
 
 
 def test_ordinals_follow_the_hilbert_curve_within_a_parent(tree: CellTree) -> None:

@@ -500,6 +500,39 @@ def test_a_mixed_batch_answers_each_row_as_if_it_were_alone(locator: Locator) ->
         assert location.radius_km == pytest.approx(alone.radius_km, rel=1e-3)
 
 
+def test_answers_do_not_depend_on_how_a_batch_is_cut_into_blocks(
+    locator: Locator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings = queries(9)
+    options = [LocateOptions(top_k=1 + row, confidence_level=0.1 * (row + 1), exact=True) for row in range(9)]
+    whole = locations(locator.locate_embeddings(embeddings, options))
+    monkeypatch.setattr("geosurge.locator._POSTERIOR_BLOCK", 2 * LEVEL_COUNTS[-1])
+    parts = locations(locator.locate_embeddings(embeddings, options))
+    for one, other in zip(whole, parts, strict=True):
+        assert [a.token for a in one.alternatives] == [a.token for a in other.alternatives]
+        assert [a.probability for a in one.alternatives] == pytest.approx([a.probability for a in other.alternatives])
+        assert (one.radius_km, one.latitude_deg) == pytest.approx((other.radius_km, other.latitude_deg))
+        assert one.credible_region.tokens == other.credible_region.tokens
+        assert [cell.token for cell in one.path] == [cell.token for cell in other.path]
+
+
+def test_rows_of_another_dimension_are_refused_each(locator: Locator) -> None:
+    results = locator.locate_embeddings(np.ones((2, DIMENSION + 1), np.float32), [LocateOptions(), LocateOptions()])
+    assert [type(result) for result in results] == [EmbeddingInvalidError] * 2
+    assert r"shape (17,), index version 'tiny' needs (16,)" in str(results[1])
+
+
+def test_an_item_says_what_is_wrong_with_it_in_a_batch_as_alone(locator: Locator) -> None:
+    embeddings = queries(4).astype(np.float64)
+    embeddings[0, 3], embeddings[1], embeddings[2, 7] = math.nan, 0.0, -math.inf
+    results = locator.locate_embeddings(embeddings, [LocateOptions()] * 4)
+    for row in range(3):
+        with pytest.raises(EmbeddingInvalidError) as alone:
+            locator.normalise_embedding(embeddings[row])
+        assert str(results[row]) == str(alone.value)
+    assert isinstance(results[3], Location)
+
+
 def test_an_empty_batch_has_no_answers(locator: Locator) -> None:
     assert locator.locate_embeddings(np.empty((0, DIMENSION), np.float32), []) == []
 
@@ -515,6 +548,8 @@ def test_timings_are_of_this_query(locator: Locator) -> None:
     assert result.timings.search_ms > 0
     assert result.timings.posterior_ms > 0
     assert result.timings.encode_ms == result.timings.decode_ms == 0
+    together = locator.locate_embeddings(queries(3), [LocateOptions()] * 3)
+    assert len({result.timings for result in together if isinstance(result, Location)}) == 1
 
 
 def test_a_beam_reaches_more_leaves_than_it_shows(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from geosurge.locator import REACHED_LEAVES
 from geosurge.manifest import ENCODER_DIRECTORY, MANIFEST_FILE, CalibrationInfo, render_manifest
 from geosurge.posterior import (
     LeafShapes,
-    Posterior,
+    Posteriors,
     expected_calibration_error,
     fit_recalibration,
     fit_temperature,
@@ -132,13 +132,13 @@ def _queries(recipe: Recipe, encoder: ImageEncoder, index: HierarchicalIndex, pa
     return queries
 
 
-def _infer(query: _Query, leaves: LeafShapes, temperature: float, point: PointEstimator) -> Posterior:
-    return infer(query.ordinals, query.scores, leaves, temperature, point=point)
+def _infer(query: _Query, leaves: LeafShapes, temperature: float, point: PointEstimator) -> Posteriors:
+    return infer(query.ordinals[np.newaxis], query.scores[np.newaxis], leaves, temperature, point=point)
 
 
-def _error_km(query: _Query, posterior: Posterior) -> float:
-    distance = great_circle_km(posterior.latitude_deg, posterior.longitude_deg, query.latitude_deg, query.longitude_deg)
-    return float(distance)
+def _error_km(query: _Query, posterior: Posteriors) -> float:
+    latitude_deg, longitude_deg = posterior.latitude_deg[0], posterior.longitude_deg[0]
+    return float(great_circle_km(latitude_deg, longitude_deg, query.latitude_deg, query.longitude_deg))
 
 
 def _median_error(queries: list[_Query], leaves: LeafShapes, temperature: float, point: PointEstimator) -> float:
@@ -147,7 +147,7 @@ def _median_error(queries: list[_Query], leaves: LeafShapes, temperature: float,
 
 def _mass_at_truth(query: _Query, leaves: LeafShapes, temperature: float, point: PointEstimator) -> float:
     posterior = _infer(query, leaves, temperature, point)
-    return posterior.mass_within(_error_km(query, posterior))
+    return float(posterior.mass_within(_error_km(query, posterior))[0])
 
 
 def _calibration_error(queries: list[_Query], leaves: LeafShapes, temperature: float) -> float:
