@@ -142,6 +142,11 @@ class LoadProgress:
         self._reason = ""
         self._given_up = threading.Event()
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether nobody wants the load any more."""
+        return self._given_up.is_set()
+
     def give_up(self, reason: str) -> None:
         """Makes the load end with `LoadSupersededError` at its next step."""
         self._reason = reason
@@ -347,7 +352,8 @@ class Versions:
         self._loading: tuple[_Version, asyncio.Task[None]] | None = None
         self._pointer = asyncio.Lock()
         self._wishes = itertools.count(1)
-        self._latest_switch = 0
+        self._latest_switch = ""
+        self._successor: _Version | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -382,7 +388,7 @@ class Versions:
 
         Args:
             name: Name of a loaded version; empty means the active one, or the canary for its share of the requests.
-            request_id: Decides between the two; the same one always gets the same version.
+            request_id: Decides between the two; the same one always gets the same version, and none the active one.
 
         Raises:
             IndexVersionUnknownError: No loaded version has this name.
@@ -499,13 +505,13 @@ class Versions:
         Raises:
             GeoSurgeError: As `activate`.
         """
-        await asyncio.shield(self._track(self._switch(self._current(), lambda: None, kind="reload")))
+        await asyncio.shield(self._track(self._follow()))
 
     def unload(self, name: str) -> VersionStatus:
         """Frees a version as soon as its requests are answered; makes a load of it give up.
 
         Raises:
-            VersionInUseError: It is the active version or the canary.
+            VersionInUseError: It is the active version, about to be, or the canary.
             BundleNotFoundError: Neither the server nor its store has it.
         """
         version = self._versions.get(name)
@@ -513,11 +519,13 @@ class Versions:
             return self.status(name)
         if version is self._active:
             raise VersionInUseError(f"version {name!r} is active; activate another one first")
+        if version is self._successor:
+            raise VersionInUseError(f"version {name!r} is being activated; activate another one first")
         if self._canary is not None and version is self._canary[0]:
             raise VersionInUseError(f"version {name!r} is the canary; end the canary first")
-        if version.state is VersionState.LOADING and version.progress is not None:
+        if version.progress is not None:
             version.progress.give_up("it was asked to be unloaded")
-        elif version.state is VersionState.READY:
+        if version.state is VersionState.READY:
             self._drain(version)
         return self.status(name)
 
@@ -571,13 +579,13 @@ class Versions:
                     f"index version {name!r} is not loaded; loaded: {loaded}. Leave it empty for the active one"
                 )
             return version
-        if self._canary is not None and _position(request_id) < self._canary[1]:
+        if self._canary is not None and request_id and _position(request_id) < self._canary[1]:
             return self._canary[0]
         if self._active is None:
             raise _no_active_version()
         return self._active
 
-    def _wish(self, name: str) -> int:
+    def _wish(self, name: str) -> None:
         """Notes that somebody wants a version now, and gives up what is being loaded for an older wish."""
         if self._closing:
             raise ShuttingDownError("the server is stopping")
@@ -588,14 +596,14 @@ class Versions:
                 other.progress.give_up(f"version {name!r} was asked for after it")
         version = self._versions.setdefault(name, _Version(name))
         version.last_wanted = next(self._wishes)
-        return version.last_wanted
 
     def _start_load(self, name: str, *, unload_first: bool) -> asyncio.Task[None] | None:
         """The task that loads a version; ``None`` when it is loaded."""
         version = self._versions[name]
         if version.state in LOADED_STATES:
             return None
-        if self._loading is not None and self._loading[0] is version and version.progress is not None:
+        is_under_way = version.progress is not None and not version.progress.is_given_up
+        if is_under_way and self._loading is not None and self._loading[0] is version:
             return self._loading[1]
         previous = None if self._loading is None else self._loading[1]
         version.progress, version.failure = LoadProgress(), None
@@ -619,108 +627,125 @@ class Versions:
     ) -> None:
         begun = time.perf_counter()
         replaced: _Version | None = None
+        failure: GeoSurgeError | None = None
         try:
             if previous is not None:
                 await asyncio.wait([previous])
             if version.drain is not None:
                 await asyncio.wait([version.drain])
+            if version.state in LOADED_STATES:
+                # The load before this one was asked to give up too late, or brought this version back.
+                return
             version.enter(VersionState.LOADING)
             replaced = await self._make_room(version, progress, unload_first=unload_first)
             beside_traffic = self._active is not None
             path = self._path(version.name)
             version.handle = await self._loader.open(version.name, path, progress, beside_traffic=beside_traffic)
-        except Exception as error:
-            failure = error if isinstance(error, GeoSurgeError) else GeoSurgeError(f"{type(error).__name__}: {error}")
-            version.failure = failure
-            version.enter(VersionState.FAILED)
-            superseded = isinstance(error, LoadSupersededError)
-            self._metrics.load_ended("superseded" if superseded else "failed", time.perf_counter() - begun)
-            logger.warning("load failed", extra={"index_version": version.name, "reason": str(failure)})
-            if not isinstance(error, GeoSurgeError):
-                logger.exception("unexpected failure while loading", extra={"index_version": version.name})
+        except Exception as error:  # noqa: BLE001
+            failure = _to_failure(error)
+            is_foreseen = isinstance(error, GeoSurgeError)
+            self._report_failure(version, failure, time.perf_counter() - begun, unexpected=not is_foreseen)
+            if version.progress is progress:
+                version.failure = failure
+                version.enter(VersionState.FAILED)
             if replaced is not None:
                 await self._bring_back(replaced)
-            if failure is error:
-                raise
-            raise failure from error
         else:
             version.enter(VersionState.READY)
             self._metrics.load_ended("ready", time.perf_counter() - begun)
             logger.info("loaded", extra={"index_version": version.name})
-            if replaced is not None:
-                # Nothing is active, and this load was asked for to be activated.
+            if replaced is not None and self._active is None:
+                # This load was asked for to be activated.
                 self._point_at(version, "activate")
         finally:
-            version.progress = None
-            if self._loading is not None and self._loading[0] is version:
+            if version.progress is progress:
+                version.progress = None
+            if self._loading is not None and self._loading[1] is asyncio.current_task():
                 self._loading = None
+        # Raised here, it has no context: the exception before it would keep alive what the load had opened.
+        if failure is not None:
+            raise failure
+
+    def _report_failure(self, version: _Version, failure: GeoSurgeError, seconds: float, *, unexpected: bool) -> None:
+        self._metrics.load_ended("superseded" if isinstance(failure, LoadSupersededError) else "failed", seconds)
+        fields = {"index_version": version.name, "reason": str(failure)}
+        if unexpected:
+            logger.exception("load failed unexpectedly", extra=fields)
+        else:
+            logger.warning("load failed", extra=fields)
 
     async def _make_room(self, version: _Version, progress: LoadProgress, *, unload_first: bool) -> _Version | None:
         """Unloads what has to go; returns the active version when it was among it."""
         replaced: _Version | None = None
-        while True:
-            progress.report("making room", 0.0)
-            version.needs = await self._loader.needs(self._path(version.name))
-            residents = [
-                Resident(
-                    other.name,
-                    other.state,
-                    other.last_wanted,
-                    is_canary=self._canary is not None and self._canary[0] is other,
-                )
-                for other in self._versions.values()
-                if other.state in LOADED_STATES or other.state is VersionState.DRAINING
-            ]
-            step = next_step(
-                version.needs.memory_bytes,
-                version.needs.available_bytes,
-                residents,
-                max_versions=self._max_versions,
-                unload_first=unload_first,
-            )
-            match step:
-                case Load():
-                    return replaced
-                case Unload(name):
-                    leaving = self._versions[name]
-                    if leaving is self._active:
+        try:
+            while True:
+                progress.report("making room", 0.0)
+                version.needs = await self._loader.needs(self._path(version.name))
+                # What is READY while the pointer moves may be ACTIVE afterwards.
+                async with self._pointer:
+                    step = self._next_step(version.needs, unload_first=unload_first)
+                    leaving = self._versions[step.name] if isinstance(step, Unload) else None
+                    if leaving is not None and leaving is self._active:
                         replaced, self._active = leaving, None
                         self._metrics.set_active("")
                         self._on_change()
-                    await asyncio.wait([self._drain(leaving)])
-                case WaitForDrain():
-                    drains = [other.drain for other in self._versions.values() if other.drain is not None]
-                    await asyncio.wait(drains)
-                case Refuse(reason):
-                    if replaced is not None:
-                        await self._bring_back(replaced)
-                    raise VersionDoesNotFitError(f"version {version.name!r} was not loaded: {reason}")
+                    if leaving is not None:
+                        self._drain(leaving)
+                match step:
+                    case Load():
+                        return replaced
+                    case Refuse(reason):
+                        raise VersionDoesNotFitError(f"version {version.name!r} was not loaded: {reason}")
+                drains = [other.drain for other in self._versions.values() if other.drain is not None]
+                await asyncio.wait(drains, return_when=asyncio.FIRST_COMPLETED)
+        except Exception:
+            if replaced is not None:
+                await self._bring_back(replaced)
+            raise
+
+    def _next_step(self, needs: Needs, *, unload_first: bool) -> Step:
+        canary = None if self._canary is None else self._canary[0]
+        residents = [
+            Resident(other.name, other.state, other.last_wanted, is_canary=other is canary)
+            for other in self._versions.values()
+            if other.state in LOADED_STATES or other.state is VersionState.DRAINING
+        ]
+        return next_step(
+            needs.memory_bytes,
+            needs.available_bytes,
+            residents,
+            max_versions=self._max_versions,
+            unload_first=unload_first,
+        )
 
     async def _bring_back(self, replaced: _Version) -> None:
-        """Loads the version again that was given up for one that cannot be used."""
-        if self._closing:
+        """Loads the version again that was given up for one that cannot be used, unless another is active by now."""
+        if self._closing or self._active is not None:
             return
         try:
             replaced.enter(VersionState.LOADING)
             path = self._path(replaced.name)
             replaced.handle = await self._loader.open(replaced.name, path, LoadProgress(), beside_traffic=False)
-        except GeoSurgeError as error:
-            replaced.failure = error
+        except Exception as error:
+            replaced.failure = _to_failure(error)
             replaced.enter(VersionState.FAILED)
             logger.exception("the version before could not be loaded again", extra={"index_version": replaced.name})
         else:
-            self._point_at(replaced, "activate")
+            replaced.enter(VersionState.READY)
+            if self._active is None:
+                self._point_at(replaced, "activate")
 
     async def _switch(
         self, name: str, write_pointer: Callable[[], object], *, kind: str, unload_first: bool = False
     ) -> str:
-        wish = self._latest_switch = self._wish(name)
+        self._wish(name)
+        self._latest_switch = name
         loading = self._start_load(name, unload_first=unload_first)
         before = "" if self._active is None else self._active.name
         if loading is not None:
             await asyncio.shield(loading)
         async with self._pointer:
-            if wish != self._latest_switch:
+            if name != self._latest_switch:
                 raise LoadSupersededError(
                     f"version {name!r} was not activated, because another version was asked for after it"
                 )
@@ -728,11 +753,23 @@ class Versions:
             if version.state not in LOADED_STATES:
                 raise LoadSupersededError(f"version {name!r} was unloaded before it could be activated")
             # The store first: a server that dies here starts with the new version, which has passed every check.
-            await asyncio.to_thread(_write, write_pointer)
+            self._successor = version
+            try:
+                await asyncio.to_thread(_write, write_pointer)
+            finally:
+                self._successor = None
             if self._active is not version:
                 before = "" if self._active is None else self._active.name
-            self._point_at(version, kind)
+            # A server that stops has freed it meanwhile.
+            if version.state in LOADED_STATES:
+                self._point_at(version, kind)
         return "" if before == name else before
+
+    async def _follow(self) -> None:
+        async with self._pointer:
+            # Not while it is being moved here; and nothing may come between reading it and wishing.
+            name = self._current()
+        await self._switch(name, lambda: None, kind="reload")
 
     def _point_at(self, version: _Version, kind: str) -> None:
         before = self._active
@@ -791,6 +828,13 @@ class Versions:
     def _write_pointer(self, name: str) -> None:
         if self._store is not None:
             stores.activate(self._store, name)
+
+
+def _to_failure(error: Exception) -> GeoSurgeError:
+    """The reason alone: a traceback would keep alive what the load had opened."""
+    if isinstance(error, GeoSurgeError):
+        return type(error)(str(error))
+    return GeoSurgeError(f"{type(error).__name__}: {error}")
 
 
 def _position(request_id: str) -> float:

@@ -1,32 +1,86 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import gc
+import io
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.bundles import make_bundle, tiny_encoder
 
 from geosurge import store as stores
+from geosurge.bundle import finish_bundle, read_manifest
+from geosurge.encoder import ImageEncoder
 from geosurge.errors import (
     BundleCorruptError,
+    BundleInconsistentError,
     BundleNotFoundError,
+    BundlePartialError,
+    GeoSurgeError,
     IndexVersionUnknownError,
+    LoadSupersededError,
+    NoActiveVersionError,
     OptionOutOfRangeError,
+    ShuttingDownError,
     StoreError,
+    VersionDoesNotFitError,
     VersionInUseError,
     VersionNotLoadedError,
 )
 from geosurge.images import DEFAULT_LIMITS
+from geosurge.locator import Locator
 from geosurge.server.batcher import Batcher
 from geosurge.server.loader import Loader
-from geosurge.server.versions import Load, Refuse, Resident, Unload, Versions, VersionState, WaitForDrain, next_step
+from geosurge.server.versions import (
+    Load,
+    LoadProgress,
+    Needs,
+    Refuse,
+    Resident,
+    Unload,
+    VersionHandle,
+    Versions,
+    VersionState,
+    WaitForDrain,
+    _Version,
+    next_step,
+)
 
 READY, ACTIVE, DRAINING = VersionState.READY, VersionState.ACTIVE, VersionState.DRAINING
+LOADING, UNLOADED, FAILED = VersionState.LOADING, VersionState.UNLOADED, VersionState.FAILED
+TRANSITIONS = {
+    LOADING: {LOADING, READY, FAILED},
+    READY: {ACTIVE, DRAINING},
+    ACTIVE: {READY, DRAINING},
+    DRAINING: {UNLOADED},
+    UNLOADED: {LOADING},
+    FAILED: {LOADING},
+}
+"""The table of `geosurge.server.versions`; a load that waited says again that it loads."""
+
+
+@pytest.fixture(autouse=True)
+def transitions(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[VersionState, VersionState]]]:
+    """Every change of state of a test, which must be one of the table."""
+    seen: set[tuple[VersionState, VersionState]] = set()
+    enter = _Version.enter
+
+    def record(version: _Version, state: VersionState) -> None:
+        seen.add((version.state, state))
+        enter(version, state)
+
+    monkeypatch.setattr(_Version, "enter", record)
+    yield seen
+    assert {(before, after) for before, after in seen if after not in TRANSITIONS[before]} == set()
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +98,66 @@ def store(published: Path, tmp_path: Path) -> Path:
     return shutil.copytree(published, tmp_path / "store")
 
 
+class HeldLoader(Loader):
+    """A loader of which some loads wait for an event before they begin."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.held: dict[str, asyncio.Event] = {}
+        self.begun: list[str] = []
+
+    def hold(self, name: str) -> asyncio.Event:
+        """Makes loads of a version wait until the event is set."""
+        self.held[name] = asyncio.Event()
+        return self.held[name]
+
+    async def open(self, name: str, path: Path, progress: LoadProgress, *, beside_traffic: bool) -> VersionHandle:
+        self.begun.append(name)
+        if name in self.held:
+            await self.held[name].wait()
+        return await super().open(name, path, progress, beside_traffic=beside_traffic)
+
+
 @asynccontextmanager
-async def opened(source: Path, *, max_versions: int = 2) -> AsyncIterator[Versions]:
+async def opened_with_loader(source: Path, *, max_versions: int = 2) -> AsyncIterator[tuple[Versions, HeldLoader]]:
     batcher = Batcher(max_batch_size=4, decode_workers=1)
     batcher.start()
-    loader = Loader(batcher.between_batches, device="cpu", limits=DEFAULT_LIMITS, max_batch_size=4)
+    loader = HeldLoader(batcher.between_batches, device="cpu", limits=DEFAULT_LIMITS, max_batch_size=4)
     versions = Versions(source, loader, max_versions=max_versions)
     try:
         await versions.start()
-        yield versions
+        yield versions, loader
     finally:
+        for event in loader.held.values():
+            event.set()
         await versions.close()
         loader.stop()
         await batcher.stop()
+
+
+@asynccontextmanager
+async def opened(source: Path, *, max_versions: int = 2) -> AsyncIterator[Versions]:
+    async with opened_with_loader(source, max_versions=max_versions) as (versions, _):
+        yield versions
+
+
+@contextmanager
+def pointer_held(store: Path) -> Iterator[None]:
+    """Makes whoever moves the store's pointer wait, as another process that moves it does."""
+    with (store / ".activate.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 async def until(is_so: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not is_so():
             await asyncio.sleep(0.002)
+
+
+def is_freed(reference: weakref.ref[Any]) -> bool:
+    gc.collect()
+    return reference() is None
 
 
 def states(versions: Versions) -> dict[str, VersionState]:
@@ -264,3 +359,434 @@ async def test_users_are_counted_however_they_leave(store: Path) -> None:
             assert versions.users("one") == 1
             _ = 1 // 0
         assert versions.users("one") == 0
+
+
+async def test_a_load_that_gave_up_and_is_asked_for_again_is_done(store: Path) -> None:
+    async with opened_with_loader(store, max_versions=3) as (versions, loader):
+        release = loader.hold("two")
+        versions.load("two")
+        await until(lambda: "two" in loader.begun)
+        versions.load("three")
+        versions.load("two")
+        release.set()
+        await until(lambda: states(versions)["two"] is READY)
+        assert isinstance(versions.status("three").failure, LoadSupersededError)
+        assert loader.begun.count("two") == 2
+        assert versions.status("two").failure is None
+
+        release = loader.hold("three")
+        versions.load("three")
+        await until(lambda: "three" in loader.begun)
+        assert versions.unload("three").state is LOADING
+        assert versions.load("three").state is LOADING
+        release.set()
+        await until(lambda: states(versions)["three"] is READY)
+
+
+async def test_a_load_that_waits_for_its_turn_can_be_given_up_too(store: Path) -> None:
+    async with opened_with_loader(store, max_versions=3) as (versions, loader):
+        release = loader.hold("two")
+        versions.load("two")
+        await until(lambda: "two" in loader.begun)
+        versions.load("three")
+        versions.load("two")
+        versions.load("three")
+        versions.unload("three")
+        release.set()
+        await until(lambda: states(versions)["three"] is FAILED)
+        assert isinstance(versions.status("three").failure, LoadSupersededError)
+        assert isinstance(versions.status("two").failure, LoadSupersededError)
+
+
+async def test_a_load_that_waits_for_its_own_drain_can_be_given_up(store: Path) -> None:
+    async with opened(store) as versions:
+        await versions.activate("two")
+        with versions.acquire("one"):
+            versions.unload("one")
+            assert versions.load("one").state is DRAINING
+            assert versions.unload("one").state is DRAINING
+        await until(lambda: states(versions)["one"] is FAILED)
+        assert isinstance(versions.status("one").failure, LoadSupersededError)
+        assert versions.load("one").state is LOADING
+        await until(lambda: states(versions)["one"] is READY)
+
+
+async def test_the_version_that_is_being_activated_is_not_unloaded(store: Path) -> None:
+    async with opened(store) as versions:
+        versions.load("two")
+        await until(lambda: states(versions)["two"] is READY)
+        with pointer_held(store):
+            activating = asyncio.create_task(versions.activate("two"))
+            await asyncio.sleep(0.05)
+            with pytest.raises(VersionInUseError, match="being activated"):
+                versions.unload("two")
+            versions.load("three")
+            await asyncio.sleep(0.05)
+            assert states(versions)["two"] is READY
+        assert await activating == "one"
+        await until(lambda: states(versions)["three"] is READY)
+        assert states(versions) == {"one": UNLOADED, "two": ACTIVE, "three": READY}
+        with versions.acquire() as handle:
+            assert handle.name == "two"
+
+
+async def test_asking_twice_for_one_version_is_one_wish(store: Path) -> None:
+    async with opened(store) as versions:
+        both = await asyncio.gather(versions.activate("two"), versions.activate("two"))
+        assert "one" in both
+        assert versions.active.name == "two"
+
+
+async def test_a_version_that_is_wanted_back_during_its_exchange_is_active_again(store: Path) -> None:
+    async with opened_with_loader(store, max_versions=1) as (versions, loader):
+        release = loader.hold("two")
+        exchange = asyncio.create_task(versions.activate("two", unload_first=True))
+        await until(lambda: "two" in loader.begun)
+        assert not versions.is_serving
+        with pytest.raises(NoActiveVersionError), versions.acquire():
+            pytest.fail("none is active")
+        back = asyncio.create_task(versions.activate("one", unload_first=True))
+        await asyncio.sleep(0)
+        release.set()
+        with pytest.raises(LoadSupersededError):
+            await exchange
+        await back
+        assert states(versions) == {"one": ACTIVE, "two": FAILED, "three": UNLOADED}
+        assert versions.active.name == stores.current(store) == "one"
+        assert loader.begun == ["one", "two", "one"]
+
+
+async def test_an_exchange_that_is_given_up_while_it_drains_brings_the_old_version_back(store: Path) -> None:
+    async with opened(store, max_versions=1) as versions:
+        with versions.acquire():
+            exchange = asyncio.create_task(versions.activate("two", unload_first=True))
+            await until(lambda: states(versions)["one"] is DRAINING)
+            versions.unload("two")
+        with pytest.raises(LoadSupersededError):
+            await exchange
+        assert versions.active.name == "one"
+
+
+async def test_an_exchange_for_a_bundle_that_vanishes_meanwhile_brings_the_old_version_back(store: Path) -> None:
+    async with opened(store, max_versions=1) as versions:
+        with versions.acquire():
+            exchange = asyncio.create_task(versions.activate("two", unload_first=True))
+            await until(lambda: states(versions)["one"] is DRAINING)
+            shutil.rmtree(store / "two")
+        with pytest.raises(BundleNotFoundError):
+            await exchange
+        assert versions.active.name == "one"
+
+
+async def test_an_exchange_needs_to_be_asked_for(store: Path) -> None:
+    async with opened(store, max_versions=1) as versions:
+        with pytest.raises(VersionDoesNotFitError, match=r"1 versions are loaded \(one\).*unload first"):
+            await versions.activate("two")
+        assert states(versions) == {"one": ACTIVE, "two": FAILED, "three": UNLOADED}
+
+
+async def test_a_canary_is_never_unloaded_to_make_room(store: Path) -> None:
+    async with opened(store) as versions:
+        versions.load("two")
+        await until(lambda: states(versions)["two"] is READY)
+        versions.set_canary("two", 0.5)
+        with pytest.raises(VersionDoesNotFitError, match="end the canary"):
+            await versions.activate("three")
+        assert await versions.activate("three", unload_first=True) == "one"
+        assert states(versions) == {"one": UNLOADED, "two": READY, "three": ACTIVE}
+        assert versions.status("two").canary_share == 0.5
+        await versions.activate("two")
+        assert versions.status("two").canary_share == 0.0
+
+
+async def test_requests_without_an_id_get_the_active_version(store: Path) -> None:
+    async with opened(store) as versions:
+        versions.load("two")
+        await until(lambda: states(versions)["two"] is READY)
+        versions.set_canary("two", 1.0)
+        with versions.acquire() as unnamed, versions.acquire(request_id="a") as named:
+            assert (unnamed.name, named.name) == ("one", "two")
+
+
+async def test_the_store_says_what_is_active_before_requests_do(store: Path) -> None:
+    async with opened(store) as versions:
+        pointed: list[tuple[str | None, str]] = []
+        versions._on_change = lambda: pointed.append((stores.current(store), versions.active.name))
+        await versions.activate("two")
+        await versions.activate("three")
+        await versions.rollback()
+    assert pointed == [("two", "two"), ("three", "three"), ("two", "two")]
+
+
+async def test_a_store_that_cannot_be_written_keeps_everything_as_it_is(store: Path) -> None:
+    async with opened(store) as versions:
+        (store / ".activate.lock").unlink()
+        (store / ".activate.lock").mkdir()
+        with pytest.raises(StoreError, match="cannot be written"):
+            await versions.activate("two")
+        assert versions.active.name == stores.current(store) == "one"
+        assert states(versions)["two"] is READY
+        (store / ".activate.lock").rmdir()
+        await versions.activate("two")
+        (store / "HISTORY").unlink()
+        with pytest.raises(StoreError, match="was active before"):
+            await versions.rollback()
+        assert versions.active.name == "two"
+
+
+async def test_the_active_version_survives_a_restart(store: Path) -> None:
+    async with opened(store) as versions:
+        await versions.activate("three")
+    async with opened(store) as versions:
+        assert versions.active.name == "three"
+        assert await versions.rollback() == ("one", "three")
+    async with opened(store) as versions:
+        assert versions.active.name == "one"
+
+
+async def test_following_a_store_whose_pointer_names_something_bad_changes_nothing(store: Path) -> None:
+    async with opened(store) as versions:
+        stores.activate(store, "two")
+        (store / "two" / "level-1.faiss").unlink()
+        with pytest.raises(BundlePartialError):
+            await versions.follow_store()
+        (store / "CURRENT").write_text("no such\n")
+        with pytest.raises(StoreError):
+            await versions.follow_store()
+        assert versions.active.name == "one"
+
+
+async def test_a_bundle_under_another_name_is_refused(store: Path) -> None:
+    (store / "two").rename(store / "renamed")
+    async with opened(store) as versions:
+        versions.load("renamed")
+        await until(lambda: versions.status("renamed").state is FAILED)
+        failure = versions.status("renamed").failure
+        assert isinstance(failure, BundleInconsistentError)
+        assert "'two'" in str(failure)
+        with pytest.raises(BundleNotFoundError):
+            versions.load("two")
+
+
+async def test_a_repaired_version_can_be_loaded_after_it_failed(store: Path) -> None:
+    index = store / "two" / "level-2.faiss"
+    sound = index.read_bytes()
+    index.write_bytes(sound[:-1])
+    async with opened(store) as versions:
+        versions.load("two")
+        await until(lambda: states(versions)["two"] is FAILED)
+        index.write_bytes(sound)
+        assert versions.load("two").failure is None
+        await until(lambda: states(versions)["two"] is READY)
+
+
+async def test_an_encoder_lives_as_long_as_a_version_with_it(store: Path) -> None:
+    source = make_bundle(store.parent / "four", encoder=tiny_encoder(seed=4), seed=4, name="four")
+    stores.publish(store, source)
+    async with opened(store, max_versions=3) as versions:
+        await versions.activate("four")
+        other = weakref.ref(versions.active.locator.encoder)
+        with versions.acquire("one") as handle:
+            shared = weakref.ref(handle.locator.encoder)
+        del handle
+        await versions.activate("two")
+        with versions.acquire("two") as handle:
+            assert handle.locator.encoder is shared()
+        del handle
+        versions.unload("one")
+        await until(lambda: versions.status("one").state is UNLOADED)
+        assert shared() is not None
+        versions.unload("four")
+        await until(lambda: versions.status("four").state is UNLOADED)
+        await until(lambda: is_freed(other))
+        assert shared() is not None
+    await until(lambda: is_freed(shared))
+
+
+async def test_a_failed_load_keeps_nothing_but_its_reason(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[ImageEncoder]] = []
+    load = ImageEncoder.load
+
+    def remember(*arguments: Any) -> ImageEncoder:
+        encoder = load(*arguments)
+        loaded.append(weakref.ref(encoder))
+        return encoder
+
+    source = make_bundle(store.parent / "four", encoder=tiny_encoder(seed=4), seed=4, name="four")
+    manifest = read_manifest(source)
+    query = manifest.golden_queries[0].model_copy(update={"scores": (9.0,) * 5})
+    finish_bundle(source, manifest.model_copy(update={"golden_queries": (query,)}))
+    stores.publish(store, source, verify=False)
+    async with opened(store) as versions:
+        monkeypatch.setattr(ImageEncoder, "load", remember)
+        with pytest.raises(BundleInconsistentError):
+            await versions.activate("four")
+        assert len(loaded) == 1
+        await until(lambda: is_freed(loaded[0]))
+        assert isinstance(versions.status("four").failure, BundleInconsistentError)
+
+
+async def test_closing_gives_up_what_is_loading_and_waits_for_requests(store: Path) -> None:
+    async with opened_with_loader(store) as (versions, loader):
+        release = loader.hold("two")
+        activating = asyncio.create_task(versions.activate("two"))
+        await until(lambda: "two" in loader.begun)
+        with versions.acquire():
+            closing = asyncio.create_task(versions.close())
+            await asyncio.sleep(0)
+            with pytest.raises(ShuttingDownError):
+                versions.load("three")
+            release.set()
+            await asyncio.sleep(0.05)
+            assert not closing.done()
+        await closing
+        with pytest.raises(LoadSupersededError, match="stopping"):
+            await activating
+        assert states(versions) == {"one": UNLOADED, "two": FAILED, "three": UNLOADED}
+        assert not versions.is_serving
+
+
+async def test_an_activation_goes_on_when_its_caller_leaves(store: Path) -> None:
+    async with opened_with_loader(store) as (versions, loader):
+        release = loader.hold("two")
+        activating = asyncio.create_task(versions.activate("two"))
+        await until(lambda: "two" in loader.begun)
+        activating.cancel()
+        release.set()
+        await until(lambda: versions.active.name == "two")
+        assert stores.current(store) == "two"
+
+
+async def test_progress_can_be_watched(store: Path) -> None:
+    async with opened(store) as versions:
+        versions.load("two")
+        seen: list[tuple[str, float]] = []
+
+        def is_ready() -> bool:
+            status = versions.status("two")
+            seen.append((status.load_step, status.load_progress))
+            return status.state is READY
+
+        await until(is_ready)
+        fractions = [fraction for _, fraction in seen[:-1]]
+        assert fractions == sorted(fractions)
+        assert len({step for step, _ in seen}) > 2
+        assert seen[-1] == ("", 0.0)
+        assert versions.status("two").memory_bytes > 0
+        assert versions.status("two").encoder_sha256 == versions.status("one").encoder_sha256 != ""
+
+
+async def test_all_transitions_of_the_table_are_seen(
+    store: Path, transitions: set[tuple[VersionState, VersionState]]
+) -> None:
+    (store / "three" / "level-1.faiss").unlink()
+    async with opened(store, max_versions=2) as versions:
+        await versions.activate("two")
+        with pytest.raises(BundlePartialError):
+            await versions.activate("three")
+        with pytest.raises(BundlePartialError):
+            await versions.activate("three")
+        versions.unload("one")
+        await until(lambda: states(versions)["one"] is UNLOADED)
+        await versions.activate("one")
+    assert transitions == {(before, after) for before, afters in TRANSITIONS.items() for after in afters}
+
+
+class SimulatedLoader:
+    """Opens versions without reading anything; remembers what is open."""
+
+    def __init__(self, available: int) -> None:
+        self.available = available
+        self.open_handles: list[VersionHandle] = []
+        self.most_open = 0
+
+    async def needs(self, path: Path) -> Needs:
+        await asyncio.sleep(0)
+        return Needs(1, self.available - len(self.open_handles), datetime.now(UTC), "")
+
+    async def open(self, name: str, path: Path, progress: LoadProgress, *, beside_traffic: bool) -> VersionHandle:
+        for step in range(3):
+            progress.report("opening", step / 3)
+            await asyncio.sleep(0)
+        # All that a version asks of its locator here is to be closed.
+        handle = VersionHandle(name, cast("Locator", io.BytesIO()))
+        self.open_handles.append(handle)
+        self.most_open = max(self.most_open, len(self.open_handles))
+        return handle
+
+    async def close(self, handle: VersionHandle) -> None:
+        await asyncio.sleep(0)
+        handle.close()
+        self.open_handles.remove(handle)
+
+
+NAMES = st.sampled_from(["one", "two", "three"])
+REQUESTS = st.one_of(
+    st.tuples(st.just("load"), NAMES),
+    st.tuples(st.just("activate"), NAMES),
+    st.tuples(st.just("exchange"), NAMES),
+    st.tuples(st.just("unload"), NAMES),
+    st.tuples(st.just("canary"), NAMES),
+    st.tuples(st.sampled_from(["rollback", "follow", "end canary", "pause"]), st.just("")),
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    requests=st.lists(st.tuples(REQUESTS, st.integers(0, 12)), max_size=12),
+    max_versions=st.integers(1, 3),
+    available=st.integers(1, 4),
+)
+def test_whoever_asks_for_whatever_whenever_one_version_is_active_and_none_leaks(
+    published: Path, requests: list[tuple[tuple[str, str], int]], max_versions: int, available: int
+) -> None:
+    (published / "CURRENT").write_text("one\n")
+    (published / "HISTORY").unlink(missing_ok=True)
+    asyncio.run(_ask(published, requests, max_versions, SimulatedLoader(available)))
+
+
+async def _ask(
+    store: Path, requests: list[tuple[tuple[str, str], int]], max_versions: int, loader: SimulatedLoader
+) -> None:
+    versions = Versions(store, loader, max_versions=max_versions)
+    await versions.start()
+    tasks = []
+    for (what, name), steps in requests:
+        tasks.append(asyncio.create_task(_request(versions, what, name)))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if what == "pause":
+            await asyncio.sleep(0.001)
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [error for error in outcomes if error is not None and not isinstance(error, GeoSurgeError)] == []
+    await until(lambda: not versions._tasks)
+    statuses = {status.name: status for status in await versions.statuses()}
+    assert [name for name, status in statuses.items() if status.state is ACTIVE] == [versions.active.name]
+    assert stores.current(store) == versions.active.name
+    loaded = [name for name, status in statuses.items() if status.state in (READY, ACTIVE)]
+    assert sorted(handle.name for handle in loader.open_handles) == sorted(loaded)
+    assert sorted(handle.name for handle in versions.loaded) == sorted(loaded)
+    assert {status.state for status in statuses.values()} <= {READY, ACTIVE, UNLOADED, FAILED}
+    assert loader.most_open <= min(max_versions, loader.available)
+    await versions.close()
+    assert loader.open_handles == []
+
+
+async def _request(versions: Versions, what: str, name: str) -> None:
+    match what:
+        case "load":
+            versions.load(name)
+        case "activate":
+            await versions.activate(name)
+        case "exchange":
+            await versions.activate(name, unload_first=True)
+        case "unload":
+            versions.unload(name)
+        case "canary":
+            versions.set_canary(name, 0.5)
+        case "end canary":
+            versions.set_canary("", 0.0)
+        case "rollback":
+            await versions.rollback()
+        case "follow":
+            await versions.follow_store()
