@@ -50,6 +50,53 @@ app.Server.start = start_and_listen
 """
 """A prelude after which SIGUSR1 makes the server write its number of asyncio tasks to the file TASKS_FILE."""
 
+SLOW_ENCODER = """
+import os, time
+from geosurge.encoder.model import ImageEncoder
+
+encode = ImageEncoder.encode
+
+def encode_slowly(self, pixels):
+    time.sleep(float(os.environ["ENCODE_SECONDS"]))
+    return encode(self, pixels)
+
+ImageEncoder.encode = encode_slowly
+"""
+"""A prelude after which every batch of images takes ENCODE_SECONDS longer, as on a GPU: without using the cores."""
+
+HELD_ENCODER = """
+import os, time
+from pathlib import Path
+from geosurge.encoder.model import ImageEncoder
+
+encode = ImageEncoder.encode
+
+def encode_when_let(self, pixels):
+    while Path(os.environ["HOLD_FILE"]).exists():
+        time.sleep(0.01)
+    return encode(self, pixels)
+
+ImageEncoder.encode = encode_when_let
+"""
+"""A prelude after which no image is encoded while there is a file HOLD_FILE."""
+
+CRASHING_STAGE = """
+import os
+from pathlib import Path
+from geosurge.server import batcher
+
+take_batch = batcher._Stage._take_batch
+
+def take_batch_or_crash(self):
+    file = Path(os.environ["CRASH_FILE"])
+    if file.exists() and file.read_text() == self.name:
+        raise RuntimeError("made to crash")
+    return take_batch(self)
+
+batcher._Stage._take_batch = take_batch_or_crash
+"""
+"""A prelude after which the stage whose name is in the file CRASH_FILE crashes when it has something to do."""
+
 _ANNOUNCED = re.compile(
     r"^serving .* on (\S+:\d+)(?:, administration on (\S+:\d+))?, monitoring on (\S+:\d+)$", re.MULTILINE
 )

@@ -42,6 +42,7 @@ from geosurge.server.metrics import Metrics
 from geosurge.server.monitoring import Monitoring
 from geosurge.server.security import AuthInterceptor, Tokens, server_credentials
 from geosurge.server.services import CellService, GeolocationService
+from geosurge.server.tracing import configure_tracing
 from geosurge.server.versions import Versions
 from geosurge.settings import ServerSettings, is_loopback, join_address, unknown_variables
 from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc, index_pb2, index_pb2_grpc
@@ -128,7 +129,7 @@ class Server:
             raise
 
     async def listen(self) -> None:
-        """Listens, then opens the active version; health is NOT_SERVING. Raises as `start`."""
+        """Takes the ports, opens the active version, and listens; health is NOT_SERVING. Raises as `start`."""
         self._batcher.start()
         if self.settings.torch_threads is not None:
             set_threads = partial(torch.set_num_threads, self.settings.torch_threads)
@@ -154,7 +155,10 @@ class Server:
             self.admin_address = await self._open_port(
                 administration, self.settings.admin_host, self.settings.admin_port
             )
+        # The ports are taken already, so that calls which come meanwhile wait instead of being refused.
         await self._versions.start()
+        for server in self._servers:
+            await server.start()
 
     async def warm_up(self) -> None:
         """Sends a real request through every stage, then reports SERVING."""
@@ -250,7 +254,6 @@ class Server:
                 f"cannot listen on {address}: the port is taken or the address is not this machine's; "
                 "choose another port, or 0 for a free one"
             ) from error
-        await server.start()
         self._servers.append(server)
         return join_address(host, port)
 
@@ -294,6 +297,7 @@ def serve(settings: ServerSettings, on_ready: Callable[[Server], None] | None = 
         StageCrashedError: It could not go on; it has stopped.
     """
     configure_logging(settings.log_level, settings.log_format)
+    configure_tracing()
     for name, meant in unknown_variables(os.environ).items():
         logger.warning("%s in the environment is no setting%s", name, f"; did you mean {meant}?" if meant else "")
     asyncio.run(_serve(settings, on_ready))

@@ -96,7 +96,6 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
                     break
                 response = await answer
                 call.item_count += 1
-                call.failed_item_count += response.HasField("status")
                 await context.write(response)
                 window.release()
             watching.cancel()
@@ -131,7 +130,9 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         try:
             response = await self._locate(request, request_id, deadline)
         except Exception as exception:  # noqa: BLE001
-            status = error_to_status(exception_to_error(exception), {"request_id": request_id})
+            error = exception_to_error(exception)
+            current_call().item_failed(error.reason)
+            status = error_to_status(error, {"request_id": request_id})
             return geolocation_pb2.LocateStreamResponse(request_id=request_id, status=status)
         return geolocation_pb2.LocateStreamResponse(request_id=request_id, response=response)
 

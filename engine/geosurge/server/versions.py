@@ -184,13 +184,13 @@ class Resident:
         name: Its name.
         state: READY, ACTIVE or DRAINING.
         last_wanted: Grows with every request to load or activate a version; orders them by age.
-        is_canary: Whether a share of the traffic goes to it.
+        has_traffic: Whether, though not active, it gets requests: as the canary, or about to be activated.
     """
 
     name: str
     state: VersionState
     last_wanted: int
-    is_canary: bool = False
+    has_traffic: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,8 @@ def next_step(
     """Decides what to do next so that one more version can be loaded; ask again after each step.
 
     Versions that nothing sends traffic to make room first, the one that was wanted longest ago before the others. The
-    active version and the canary are left alone, except that ``unload_first`` gives up the active one in the end.
+    active version and what else has traffic are left alone, except that ``unload_first`` gives up the active one in the
+    end.
 
     Args:
         needed_bytes: Estimate of what the version takes.
@@ -245,7 +246,7 @@ def next_step(
         return Load()
     if any(version.state is VersionState.DRAINING for version in residents):
         return WaitForDrain()
-    spare = [version for version in residents if version.state is VersionState.READY and not version.is_canary]
+    spare = [version for version in residents if version.state is VersionState.READY and not version.has_traffic]
     if spare:
         return Unload(min(spare, key=lambda version: version.last_wanted).name)
     active = [version for version in residents if version.state is VersionState.ACTIVE]
@@ -315,6 +316,9 @@ class _Version:
         self.state, self.state_time = state, datetime.now(UTC)
 
 
+_LoadTask: TypeAlias = asyncio.Task[_Version | None]
+
+
 class Versions:
     """The versions of one server; all methods belong to one event loop.
 
@@ -349,7 +353,7 @@ class Versions:
         self._versions: dict[str, _Version] = {}
         self._active: _Version | None = None
         self._canary: tuple[_Version, float] | None = None
-        self._loading: tuple[_Version, asyncio.Task[None]] | None = None
+        self._loading: tuple[_Version, _LoadTask] | None = None
         self._pointer = asyncio.Lock()
         self._wishes = itertools.count(1)
         self._latest_switch = ""
@@ -597,7 +601,7 @@ class Versions:
         version = self._versions.setdefault(name, _Version(name))
         version.last_wanted = next(self._wishes)
 
-    def _start_load(self, name: str, *, unload_first: bool) -> asyncio.Task[None] | None:
+    def _start_load(self, name: str, *, unload_first: bool) -> _LoadTask | None:
         """The task that loads a version; ``None`` when it is loaded."""
         version = self._versions[name]
         if version.state in LOADED_STATES:
@@ -623,8 +627,9 @@ class Versions:
         return task
 
     async def _load(
-        self, version: _Version, progress: LoadProgress, previous: asyncio.Task[None] | None, *, unload_first: bool
-    ) -> None:
+        self, version: _Version, progress: LoadProgress, previous: _LoadTask | None, *, unload_first: bool
+    ) -> _Version | None:
+        """Loads a version; returns the active one when it had to be unloaded for it."""
         begun = time.perf_counter()
         replaced: _Version | None = None
         failure: GeoSurgeError | None = None
@@ -635,12 +640,15 @@ class Versions:
                 await asyncio.wait([version.drain])
             if version.state in LOADED_STATES:
                 # The load before this one was asked to give up too late, or brought this version back.
-                return
+                return None
             version.enter(VersionState.LOADING)
             replaced = await self._make_room(version, progress, unload_first=unload_first)
             beside_traffic = self._active is not None
             path = self._path(version.name)
             version.handle = await self._loader.open(version.name, path, progress, beside_traffic=beside_traffic)
+            version.enter(VersionState.READY)
+            if replaced is not None:
+                self._successor = version
         except Exception as error:  # noqa: BLE001
             failure = _to_failure(error)
             is_foreseen = isinstance(error, GeoSurgeError)
@@ -650,13 +658,6 @@ class Versions:
                 version.enter(VersionState.FAILED)
             if replaced is not None:
                 await self._bring_back(replaced)
-        else:
-            version.enter(VersionState.READY)
-            self._metrics.load_ended("ready", time.perf_counter() - begun)
-            logger.info("loaded", extra={"index_version": version.name})
-            if replaced is not None and self._active is None:
-                # This load was asked for to be activated.
-                self._point_at(version, "activate")
         finally:
             if version.progress is progress:
                 version.progress = None
@@ -665,6 +666,9 @@ class Versions:
         # Raised here, it has no context: the exception before it would keep alive what the load had opened.
         if failure is not None:
             raise failure
+        self._metrics.load_ended("ready", time.perf_counter() - begun)
+        logger.info("loaded", extra={"index_version": version.name})
+        return replaced
 
     def _report_failure(self, version: _Version, failure: GeoSurgeError, seconds: float, *, unexpected: bool) -> None:
         self._metrics.load_ended("superseded" if isinstance(failure, LoadSupersededError) else "failed", seconds)
@@ -706,7 +710,7 @@ class Versions:
     def _next_step(self, needs: Needs, *, unload_first: bool) -> Step:
         canary = None if self._canary is None else self._canary[0]
         residents = [
-            Resident(other.name, other.state, other.last_wanted, is_canary=other is canary)
+            Resident(other.name, other.state, other.last_wanted, has_traffic=other in (canary, self._successor))
             for other in self._versions.values()
             if other.state in LOADED_STATES or other.state is VersionState.DRAINING
         ]
@@ -742,24 +746,29 @@ class Versions:
         self._latest_switch = name
         loading = self._start_load(name, unload_first=unload_first)
         before = "" if self._active is None else self._active.name
-        if loading is not None:
-            await asyncio.shield(loading)
+        replaced = None if loading is None else await asyncio.shield(loading)
+        version = self._versions[name]
         async with self._pointer:
-            if name != self._latest_switch:
-                raise LoadSupersededError(
-                    f"version {name!r} was not activated, because another version was asked for after it"
-                )
-            version = self._versions[name]
-            if version.state not in LOADED_STATES:
-                raise LoadSupersededError(f"version {name!r} was unloaded before it could be activated")
-            # The store first: a server that dies here starts with the new version, which has passed every check.
-            self._successor = version
             try:
+                # Where nothing is active, this one is better than none until the newer one is loaded.
+                if name != self._latest_switch and self._active is not None:
+                    raise LoadSupersededError(
+                        f"version {name!r} was not activated, because another version was asked for after it"
+                    )
+                if version.state not in LOADED_STATES:
+                    raise LoadSupersededError(f"version {name!r} was unloaded before it could be activated")
+                self._successor = version
+                # The store first: a server that dies here starts with the new version, which has passed every check.
                 await asyncio.to_thread(_write, write_pointer)
+            except GeoSurgeError:
+                if replaced is not None and self._active is None and version.state in LOADED_STATES:
+                    await asyncio.wait([self._drain(version)])
+                    await self._bring_back(replaced)
+                raise
             finally:
                 self._successor = None
-            if self._active is not version:
-                before = "" if self._active is None else self._active.name
+            if self._active is not None and self._active is not version:
+                before = self._active.name
             # A server that stops has freed it meanwhile.
             if version.state in LOADED_STATES:
                 self._point_at(version, kind)

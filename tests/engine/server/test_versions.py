@@ -171,7 +171,7 @@ def states(versions: Versions) -> dict[str, VersionState]:
         ([Resident("a", ACTIVE, 1)], 5, False, Load),
         ([Resident("a", ACTIVE, 2), Resident("b", READY, 1)], 5, False, Unload),
         ([Resident("a", ACTIVE, 2), Resident("b", DRAINING, 1)], 5, False, WaitForDrain),
-        ([Resident("a", ACTIVE, 2), Resident("b", READY, 1, is_canary=True)], 5, False, Refuse),
+        ([Resident("a", ACTIVE, 2), Resident("b", READY, 1, has_traffic=True)], 5, False, Refuse),
         ([Resident("a", ACTIVE, 1)], 50, False, Refuse),
         ([Resident("a", ACTIVE, 1)], 50, True, Unload),
         ([], 50, True, Refuse),
@@ -215,7 +215,7 @@ def test_making_room_ends_and_spares_what_has_traffic(
             assert len(residents) < max_versions
             return
         if isinstance(step, Refuse):
-            assert not any(v.state is READY and not v.is_canary for v in residents)
+            assert not any(v.state is READY and not v.has_traffic for v in residents)
             return
         if isinstance(step, Unload):
             assert step.name != "canary"
@@ -532,6 +532,16 @@ async def test_a_store_that_cannot_be_written_keeps_everything_as_it_is(store: P
         with pytest.raises(StoreError, match="was active before"):
             await versions.rollback()
         assert versions.active.name == "two"
+
+
+async def test_an_exchange_that_cannot_be_written_down_brings_the_old_version_back(store: Path) -> None:
+    async with opened(store, max_versions=1) as versions:
+        (store / ".activate.lock").unlink()
+        (store / ".activate.lock").mkdir()
+        with pytest.raises(StoreError, match="cannot be written"):
+            await versions.activate("two", unload_first=True)
+        assert states(versions) == {"one": ACTIVE, "two": UNLOADED, "three": UNLOADED}
+        assert versions.active.name == stores.current(store) == "one"
 
 
 async def test_the_active_version_survives_a_restart(store: Path) -> None:

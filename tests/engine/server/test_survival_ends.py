@@ -1,0 +1,122 @@
+"""How a server ends: asked to, with calls open; and by itself, when a part of it has crashed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.answers import expected_answers, question, questions, reason_of, same_answer
+from support.processes import CRASHING_STAGE, HELD_ENCODER, geolocation, server_process
+from support.servers import embedding, encoded_image
+from support.traffic import load, open_channel
+
+from geosurge.v1 import geolocation_pb2 as pb
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+QUERIES = [query for seed in range(4) for query in (encoded_image(seed), embedding(seed))]
+STREAMS, ITEMS, CALLS = 3, 10, 8
+
+
+async def _extend(items: list[Any], source: AsyncIterator[Any]) -> None:
+    """Keeps what a stream yields before it fails."""
+    async for item in source:
+        items.append(item)  # noqa: PERF401
+
+
+async def health_changes(channel: grpc.aio.Channel) -> list[int]:
+    """Every status that a health watch is told, until it ends."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    told: list[int] = []
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        await _extend(told, (response.status async for response in stub.Watch(health_pb2.HealthCheckRequest())))
+    return told
+
+
+async def whole_stream(
+    channel: grpc.aio.Channel, count: int
+) -> tuple[list[pb.LocateStreamResponse], grpc.aio.AioRpcError]:
+    """Sends items and never ends the stream; returns what came, and how the server ended it."""
+
+    async def send() -> AsyncIterator[pb.LocateStreamRequest]:
+        for number in range(count):
+            yield pb.LocateStreamRequest(request=question(encoded_image(number), request_id=str(number)))
+        await asyncio.Event().wait()
+
+    answers: list[pb.LocateStreamResponse] = []
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await _extend(answers, geolocation(channel).LocateStream(send()))
+    return answers, ended.value
+
+
+async def test_sigterm_answers_what_is_in_flight_and_exits_with_zero(bundle: Path, tmp_path: Path) -> None:
+    images = [encoded_image(number) for number in range(max(ITEMS, CALLS))]
+    hold = tmp_path / "hold"
+    settings = {"max_batch_size": 4, "max_concurrent_requests": 64, "grace_seconds": 60.0}
+    with server_process(bundle, prelude=HELD_ENCODER, environment={"HOLD_FILE": str(hold)}, **settings) as server:
+        hold.touch()
+        async with open_channel(server.address) as channel:
+            stub = geolocation(channel)
+            watch = asyncio.create_task(health_changes(channel))
+            calls = [asyncio.ensure_future(stub.Locate(question(image), timeout=60)) for image in images[:CALLS]]
+            streams = [asyncio.create_task(whole_stream(channel, ITEMS)) for _ in range(STREAMS)]
+            silent = asyncio.create_task(whole_stream(channel, 0))
+            while server.metric("geosurge_permits_in_use") < CALLS + STREAMS * ITEMS:
+                await asyncio.sleep(0.01)
+            server.send(signal.SIGTERM)
+            while "stopping signal=SIGTERM" not in server.log:
+                await asyncio.sleep(0.01)
+            hold.unlink()
+            answers = await asyncio.gather(*calls)
+            ended = await asyncio.gather(*streams, silent)
+            told = await watch
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Locate(question(images[0]), timeout=60)
+        status = await asyncio.to_thread(server.wait, 60)
+        log = server.log
+    expected = expected_answers(bundle, [image for image in images for _ in range(2)])[::2]
+    assert all(map(same_answer, answers, expected))
+    for items, error in ended:
+        assert [item.request_id for item in items] == [str(number) for number in range(len(items))]
+        assert all(same_answer(item.response, expected[number]) for number, item in enumerate(items))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    assert [len(items) for items, _ in ended] == [ITEMS] * STREAMS + [0]
+    assert told == [SERVING, NOT_SERVING]
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert status == 0, log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("stage", ["encode", "search"])
+async def test_a_server_whose_stage_crashes_says_so_refuses_what_it_holds_and_ends_itself(
+    bundle: Path, tmp_path: Path, stage: str
+) -> None:
+    crash = tmp_path / "crash"
+    # A call that nobody answers would hold the server up for as long as the test has patience.
+    settings = {"max_batch_size": 4, "max_concurrent_requests": 64, "grace_seconds": 3600.0}
+    with server_process(bundle, prelude=CRASHING_STAGE, environment={"CRASH_FILE": str(crash)}, **settings) as server:
+        async with open_channel(server.address) as channel, load(server.address, questions(QUERIES), 12) as log:
+            watch = asyncio.create_task(health_changes(channel))
+            while log.calls < 200:
+                await asyncio.sleep(0.01)
+            assert log.failures == {}
+            (tmp_path / "new").write_text(stage)
+            (tmp_path / "new").replace(crash)
+            status = await asyncio.to_thread(server.wait)
+            told = await watch
+        assert told == [SERVING, NOT_SERVING]
+        assert status > 0
+        assert f"the stage '{stage}' crashed" in server.log
+        assert server.log.count("stage crashed") == 1
+    codes = {failure.split()[0] for failure in log.failures}
+    assert codes <= {"INTERNAL", "UNAVAILABLE", "stream:", "item:"}, log.failures
+    assert any("the engine failed and is ending" in failure for failure in log.failures), log.failures
+    assert log.inconsistent({"tiny": expected_answers(bundle, QUERIES)}) == 0
