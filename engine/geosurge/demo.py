@@ -5,6 +5,7 @@ The steps are functions of their own; the command line runs them in order and pr
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import statistics
@@ -26,6 +27,7 @@ from geosurge.client import Client
 from geosurge.description import Coordinate
 from geosurge.errors import ConfigurationError, GeoSurgeError, ServiceError, UsageError
 from geosurge.location import LocateOptions, Location
+from geosurge.settings import ENVIRONMENT_PREFIX
 from geosurge.tables import coordinate_text, failure_text, path_text, place_text
 from geosurge.truth import error_km, read_truth
 
@@ -35,6 +37,7 @@ START_SECONDS: Final = 240.0
 
 _READY: Final = re.compile(r"^serving .* on (\S+:\d+)$")
 _LAST_LINES: Final = 30
+_CREDENTIALS: Final = (f"{ENVIRONMENT_PREFIX}TOKEN", f"{ENVIRONMENT_PREFIX}TLS_")
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,14 @@ def server_process(index: Path, *, start_seconds: float = START_SECONDS) -> Iter
     """
     command = [sys.executable, "-m", "geosurge.cli", "serve", "--index", str(index)]
     command += ["--host", "127.0.0.1", "--port", "0", "--log-level", "warning"]
+    # Its client comes without credentials, so those that another server asks for must not be asked for here.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_CREDENTIALS)}
     said: deque[str] = deque(maxlen=_LAST_LINES)
     ready: Future[str] = Future()
     # This interpreter and a path that the caller chose, without a shell: there is nothing to inject into.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:  # noqa: S603
+    with subprocess.Popen(  # noqa: S603
+        command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+    ) as process:
         assert process.stderr is not None
         # It has to be read to the end: a server whose pipe is full would stand still.
         listening = threading.Thread(target=_listen, args=(process.stderr, said, ready), name="geosurge-demo-server")

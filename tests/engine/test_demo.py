@@ -80,6 +80,19 @@ def test_the_server_is_gone_after_the_block_and_a_fault_in_it_is_not_hidden(bund
         client.get_info()
 
 
+def test_credentials_that_the_environment_holds_for_another_server_are_not_asked_for(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f"locate:{'a' * 32}"
+    (tmp_path / "tokens").write_text(lines)
+    (tmp_path / "tokens").chmod(0o600)
+    monkeypatch.setenv("GEOSURGE_TOKENS", lines)
+    monkeypatch.setenv("GEOSURGE_TOKEN_FILE", str(tmp_path / "tokens"))
+    monkeypatch.setenv("GEOSURGE_TLS_CERTIFICATE", str(tmp_path / "none.pem"))
+    with server_process(bundle, start_seconds=START_SECONDS) as address, Client(address) as client:
+        assert client.get_info(timeout_seconds=60).index_version == "tiny"
+
+
 def test_a_server_that_does_not_start_is_told_with_its_own_words(tmp_path: Path) -> None:
     with (
         pytest.raises(ServiceError, match=r"(?s)did not start.*there is no index bundle"),
