@@ -5,6 +5,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from support.bad_requests import MAX_IMAGE_BYTES
 from support.bundles import make_bundle, tiny_encoder
 from support.servers import running, settings_for
 
@@ -24,5 +25,5 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def live(bundle: Path) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
-    async with running(settings_for(bundle, max_image_bytes=100_000)) as pair:
+    async with running(settings_for(bundle, max_image_bytes=MAX_IMAGE_BYTES)) as pair:
         yield pair
