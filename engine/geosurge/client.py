@@ -7,7 +7,8 @@
 
 `Client` blocks, `AsyncClient` is awaited; they have the same methods. A failed call raises the class of
 `geosurge.errors` that the server meant. A call is repeated only when the server was unreachable or stopping
-(UNAVAILABLE), with growing pauses, and never beyond its timeout: all calls only read, so repeating one is harmless.
+(UNAVAILABLE, or CANCELLED by it), with growing pauses, and never beyond its timeout: all calls only read, so repeating
+one is harmless.
 What a `Connection` says about TLS and tokens goes for every call.
 
 Importing this module loads neither torch nor FAISS.
@@ -80,9 +81,13 @@ _LARGEST_IMAGE_BYTES: Final = 500_000_000
 """No server can be set to accept more, and protobuf itself ends at two gigabytes."""
 
 
+_UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""Statuses of calls that the server did not take: gRPC itself cancels those that come in the moment it stops."""
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and when a call is repeated after UNAVAILABLE.
+    """How often and when a call that never reached the server is repeated.
 
     Attributes:
         max_attempts: Attempts in all, at least 1. A stream that has had an answer is taken up again until its timeout,
@@ -462,7 +467,7 @@ class _Attempts:
             GeoSurgeError: What the failure meant, when there is no next attempt.
         """
         self._failed += 1
-        if failure.code() == grpc.StatusCode.UNAVAILABLE and not is_refused_handshake(failure.details() or ""):
+        if failure.code() in _UNREACHED and not is_refused_handshake(failure.details() or ""):
             pause = self._policy.pause_seconds(self._failed, self.remaining_seconds)
             if pause is not None:
                 return pause
@@ -542,6 +547,8 @@ def _error_of(failure: grpc.RpcError, address: str, connection: Connection, time
     code, details = failure.code(), failure.details() or ""
     if code == grpc.StatusCode.UNAVAILABLE:
         details = explain_unavailable(details, address, connection)
+    elif code == grpc.StatusCode.CANCELLED:
+        return ServiceError(f"the server at {address} ended before it took the call ({details}); send it again")
     elif code == grpc.StatusCode.DEADLINE_EXCEEDED:
         details = _unanswered(address, timeout_seconds)
     elif code == grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,6 +40,7 @@ from geosurge.errors import (
 from geosurge.location import LocateOptions, Location, Timings
 from geosurge.locator import Locator
 from geosurge.server.app import background_server
+from geosurge.v1 import geolocation_pb2, geolocation_pb2_grpc
 
 MAX_IMAGE_BYTES = 100_000
 
@@ -290,6 +293,31 @@ def test_a_server_that_stays_away_is_reported_with_its_address() -> None:
             client.get_info()
         with pytest.raises(ServiceError):
             list(client.locate_many([encoded_image(1)]))
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_call_that_the_server_itself_cancels_is_repeated(attempts: int) -> None:
+    answers = iter([grpc.StatusCode.CANCELLED])
+
+    class Stopping(geolocation_pb2_grpc.GeolocationServiceServicer):
+        def GetInfo(self, request: Any, context: grpc.ServicerContext) -> geolocation_pb2.GetInfoResponse:  # noqa: N802
+            for code in answers:
+                context.abort(code, "stopping")
+            return geolocation_pb2.GetInfoResponse(index_version="answered")
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    geolocation_pb2_grpc.add_GeolocationServiceServicer_to_server(Stopping(), server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Client(f"127.0.0.1:{port}", retry=RetryPolicy(max_attempts=attempts)) as client:
+            if attempts == 1:
+                with pytest.raises(ServiceError, match="ended before it took the call"):
+                    client.get_info()
+            else:
+                assert client.get_info().index_version == "answered"
+    finally:
+        server.stop(None)
 
 
 @pytest.fixture

@@ -165,9 +165,7 @@ class _Stage:
                 calls, self._calls = list(self._calls), deque()
             for call in calls:
                 call.future.cancel()
-            self._reject(
-                queue, GeoSurgeError("the engine failed and is ending; send the request again, to another one")
-            )
+            self._reject(queue, _crashed())
             self._crashed(self.name)
 
     def _step(self) -> bool:
@@ -189,7 +187,11 @@ class _Stage:
         if expired:
             self._reject(expired, _expired())
         if batch:
-            self._work(batch)
+            try:
+                self._work(batch)
+            except BaseException:
+                self._reject(batch, _crashed())
+                raise
         return True
 
     def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
@@ -334,7 +336,10 @@ class Batcher:
         self._metrics.batch("encode", len(batch))
         for item, embedding in zip(batch, embeddings, strict=True):
             item.embedding, item.pixels, item.encode_ms = embedding, None, 1000 * seconds
-        self._search.put(batch)
+        try:
+            self._search.put(batch)
+        except ShuttingDownError as error:
+            self._reject(batch, error)
 
     def _search_batch(self, batch: list[_Item]) -> None:
         begun = time.perf_counter()
@@ -424,6 +429,10 @@ def _with_timings(item: _Item, location: Location, search_begun: float) -> Locat
     queue_ms = 1000 * (search_begun - item.arrived_at) - item.decode_ms - item.encode_ms
     timings = replace(location.timings, decode_ms=item.decode_ms, queue_ms=queue_ms, encode_ms=item.encode_ms)
     return replace(location, timings=timings)
+
+
+def _crashed() -> GeoSurgeError:
+    return GeoSurgeError("the engine failed and is ending; send the request again, to another one")
 
 
 def _expired() -> DeadlineExceededError:

@@ -285,6 +285,27 @@ async def test_a_crashed_stage_is_told_and_leaves_nobody_waiting(handle: Version
             await batcher.locate(handle, embedding(0), OPTIONS)
 
 
+async def test_what_is_encoded_after_the_search_has_crashed_is_refused(handle: VersionHandle) -> None:
+    async with started() as batcher:
+        async with busy(batcher, "encode"):
+            task = asyncio.create_task(batcher.locate(handle, encoded_image(1), OPTIONS))
+            await queued(batcher, 1)
+            batcher._search.__dict__["_step"] = lambda: 1 // 0
+            await batcher.locate(handle, embedding(0), OPTIONS)
+            assert await asyncio.wait_for(batcher.crashed(), 10) == "search"
+        with pytest.raises(ShuttingDownError):
+            await asyncio.wait_for(task, 10)
+        assert await asyncio.wait_for(asyncio.wrap_future(batcher.between_batches(lambda: "alive")), 10) == "alive"
+
+
+async def test_the_batch_that_crashes_a_stage_is_answered(handle: VersionHandle) -> None:
+    async with started() as batcher:
+        batcher._search._work = lambda batch: 1 // 0
+        with pytest.raises(GeoSurgeError, match="ending"):
+            await asyncio.wait_for(batcher.locate(handle, embedding(0), OPTIONS), 10)
+        assert await asyncio.wait_for(batcher.crashed(), 10) == "search"
+
+
 async def test_a_version_is_closed_only_when_no_thread_works_with_it(handle: VersionHandle) -> None:
     with handle.use():
         closing = asyncio.create_task(asyncio.to_thread(handle.close))

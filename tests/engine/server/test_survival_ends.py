@@ -117,6 +117,7 @@ async def test_a_server_whose_stage_crashes_says_so_refuses_what_it_holds_and_en
         assert f"the stage '{stage}' crashed" in server.log
         assert server.log.count("stage crashed") == 1
     codes = {failure.split()[0] for failure in log.failures}
-    assert codes <= {"INTERNAL", "UNAVAILABLE", "stream:", "item:"}, log.failures
+    # gRPC itself cancels calls that come in the moment a server stops.
+    assert codes <= {"INTERNAL", "UNAVAILABLE", "CANCELLED", "stream:", "item:"}, log.failures
     assert any("the engine failed and is ending" in failure for failure in log.failures), log.failures
     assert log.inconsistent({"tiny": expected_answers(bundle, QUERIES)}) == 0
