@@ -10,10 +10,11 @@ compare ratios, not runs. Reported are medians over the rounds.
   with the same images in this process in batches of the server's largest size.
 - ``added_latency_ms``: latency of a request that is alone, less the time of `Locator.locate` of one image.
 - ``embedding_queries_per_s``: embeddings answered in one stream.
-- ``swap`` (with ``--swap``): 16 clients ask without pause while, once a second, the server activates the other of two
-  versions with one encoder, one of which was unloaded before. ``p99_ratio`` is the 99th percentile of their latencies
-  over that of the same clients without swaps; ``memory_growth`` how much the server's resident memory grew over the
-  swaps after the first ones.
+- ``swap`` (with ``--swap``): for a minute 16 clients ask without pause, for images and embeddings, while once a second
+  the server loads and activates the other of two versions with one encoder, and unloads the one before.
+  ``failed_calls`` counts calls without an answer and answers that are not wholly one version's; ``p99_ratio`` is the
+  99th percentile of the latencies over that of the same clients before the swaps; ``memory_growth`` the part by which
+  the server's resident memory grew over the swaps after the first ten.
 
 Images are the sample views of `tests/data/views`.
 """
@@ -25,6 +26,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,11 +45,16 @@ from geosurge.demo import default_views, server_process
 from geosurge.location import Location
 from geosurge.locator import Locator
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.traffic import swap_under_load
+
 CLIENTS = 16
 IMAGES_A_ROUND = 128
 LONE_REQUESTS_A_ROUND = 25
 EMBEDDINGS_A_ROUND = 3000
+SWAP_EMBEDDINGS = 24
 SWAP_SECONDS = 60.0
+QUIET_SECONDS = 20.0
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -122,15 +129,39 @@ def measure(index: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_swaps(index: Path) -> dict[str, Any]:
+    images = [path.read_bytes() for path in sorted(default_views().glob("*.jpg"))]
+    with Locator.open(index) as locator:
+        embeddings = list(query_embeddings(locator, images, SWAP_EMBEDDINGS))
+    names = ("one", "two")
+    with tempfile.TemporaryDirectory() as directory:
+        store = Path(directory) / "store"
+        for name in names:
+            stores.publish(store, index, name=name, activate=name == names[-1])
+        report = swap_under_load(
+            store, names, CLIENTS, SWAP_SECONDS, quiet_seconds=QUIET_SECONDS, queries=[*images, *embeddings]
+        )
+    return {
+        "swap.failed_calls": report.failed_calls + report.inconsistent,
+        "swap.calls": report.calls,
+        "swap.swaps": report.swaps,
+        "swap.p99_ratio": report.p99_with_ms / report.p99_without_ms,
+        "swap.p99_ms": report.p99_with_ms,
+        "swap.memory_growth": report.rss_growth,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--index", type=Path, default=stores.default_store(), help="bundle or store")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--swap", action="store_true", help="also swap versions under load, for two minutes")
+    parser.add_argument("--swap", action="store_true", help="also swap versions under load, for a minute and a half")
     arguments = parser.parse_args()
     bundle = stores.resolve_bundle(arguments.index)
     report = measure(bundle, arguments.rounds)
+    if arguments.swap:
+        report |= measure_swaps(bundle)
     if arguments.json:
         json.dump(report, sys.stdout)
         print()
