@@ -220,6 +220,8 @@ class Server:
             options=[
                 ("grpc.max_receive_message_length", self.settings.max_receive_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                # gRPC unpacks before it measures: a megabyte would become a gigabyte. Images are packed already.
+                ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression),
                 # Two servers must not share a port without noticing.
                 ("grpc.so_reuseport", 0),
                 # One connection cannot hold an endless number of calls open.

@@ -47,8 +47,9 @@ class GeolocationServiceStub(object):
     | PERMISSION_DENIED   | CREDENTIALS_INVALID, CREDENTIALS_EXPIRED, PERMISSION_DENIED          |
     | INTERNAL            | INTERNAL                                                             |
 
-    The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice
-    `Limits.max_image_bytes`, and in a stream the end of it), without an ErrorInfo.
+    The transport itself answers DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED for a message over its limit (at least twice
+    `Limits.max_image_bytes`, and in a stream the end of it), and UNIMPLEMENTED for one that gRPC has compressed, without
+    an ErrorInfo.
     """
 
     def __init__(self, channel):
@@ -96,8 +97,9 @@ class GeolocationServiceServicer(object):
     | PERMISSION_DENIED   | CREDENTIALS_INVALID, CREDENTIALS_EXPIRED, PERMISSION_DENIED          |
     | INTERNAL            | INTERNAL                                                             |
 
-    The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice
-    `Limits.max_image_bytes`, and in a stream the end of it), without an ErrorInfo.
+    The transport itself answers DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED for a message over its limit (at least twice
+    `Limits.max_image_bytes`, and in a stream the end of it), and UNIMPLEMENTED for one that gRPC has compressed, without
+    an ErrorInfo.
     """
 
     def Locate(self, request, context):
@@ -169,8 +171,9 @@ class GeolocationService(object):
     | PERMISSION_DENIED   | CREDENTIALS_INVALID, CREDENTIALS_EXPIRED, PERMISSION_DENIED          |
     | INTERNAL            | INTERNAL                                                             |
 
-    The transport itself answers DEADLINE_EXCEEDED, and RESOURCE_EXHAUSTED for a message over its limit (at least twice
-    `Limits.max_image_bytes`, and in a stream the end of it), without an ErrorInfo.
+    The transport itself answers DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED for a message over its limit (at least twice
+    `Limits.max_image_bytes`, and in a stream the end of it), and UNIMPLEMENTED for one that gRPC has compressed, without
+    an ErrorInfo.
     """
 
     @staticmethod
