@@ -181,7 +181,7 @@ class Loader:
             private = _copy(bundle, directory, progress, rest, with_encoder=is_new_encoder)
             if private.encoder_path is not None and is_new_encoder:
                 progress.report("loading the encoder", _READ_SHARE)
-                encoder = ImageEncoder.load(private.encoder_path, self.device)
+                encoder = _load_encoder(private.encoder_path, self.device)
                 check_encoder_identity(private, encoder)
             progress.report("opening the indexes", 0.8)
             locator = Locator.assemble(private, encoder, self.device, limits=self._limits)
@@ -277,6 +277,16 @@ def _remove_abandoned_copies(scratch: Path) -> None:
                 shutil.rmtree(directory)
             finally:
                 os.close(descriptor)
+
+
+def _load_encoder(path: Path, device: str) -> ImageEncoder:
+    """Loads an encoder on a thread that ends with it.
+
+    While more threads than one have a team of OpenMP's, the members of each sleep between two operations instead of
+    spinning, and encoding takes twice as long. The team of the thread that encodes has to be the only one.
+    """
+    with ThreadPoolExecutor(1, "geosurge-encoder-loader") as thread:
+        return thread.submit(ImageEncoder.load, path, device).result()
 
 
 def _encoder_key(manifest: Manifest) -> _EncoderKey:

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import torch
+from support.bundles import make_bundle, tiny_encoder
+
+from geosurge.images import DEFAULT_LIMITS
+from geosurge.server.loader import Loader
+from geosurge.server.versions import LoadProgress
+
+
+def use_all_cores() -> None:
+    torch.randn(512, 512) @ torch.randn(512, 512)
+
+
+async def test_only_the_thread_that_encodes_keeps_a_team_of_openmp(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "tiny", encoder=tiny_encoder())
+    with ThreadPoolExecutor(1) as encoding:
+        encoding.submit(use_all_cores).result()
+        loader = Loader(encoding.submit, device="cpu", limits=DEFAULT_LIMITS, max_batch_size=4, scratch=tmp_path)
+        try:
+            await loader.needs(path)
+            threads = psutil.Process().num_threads()
+            handle = await loader.open("tiny", path, LoadProgress(), beside_traffic=False)
+            assert psutil.Process().num_threads() == threads
+            await loader.close(handle)
+        finally:
+            loader.stop()
