@@ -73,6 +73,8 @@ class ServerInfo:
         max_region_tokens: Longest region filter.
         max_batch_size: Requests that are worked on together.
         max_concurrent_requests: Requests held at once.
+        max_requests_per_peer: Those of one client address.
+        max_stream_items: Items of one stream.
         default_beam_width: Beam of a request that names none.
     """
 
@@ -92,6 +94,8 @@ class ServerInfo:
     max_region_tokens: int
     max_batch_size: int
     max_concurrent_requests: int
+    max_requests_per_peer: int
+    max_stream_items: int
     default_beam_width: int
 
 

@@ -187,6 +187,8 @@ def message_to_info(info: geolocation_pb2.GetInfoResponse) -> ServerInfo:
         max_region_tokens=info.limits.max_region_tokens,
         max_batch_size=info.limits.max_batch_size,
         max_concurrent_requests=info.limits.max_concurrent_requests,
+        max_requests_per_peer=info.limits.max_requests_per_peer,
+        max_stream_items=info.limits.max_stream_items,
         default_beam_width=info.default_beam_width,
     )
 

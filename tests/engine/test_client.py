@@ -374,6 +374,9 @@ def test_info_cells_children_and_path(client: Client, bundle: Path) -> None:
         assert info.index_create_time == locator.manifest.create_time
         leaf_tokens = locator.tree.tokens(3, np.arange(locator.tree.cell_counts[2]))
     assert info.max_image_bytes == MAX_IMAGE_BYTES
+    settings = settings_for(bundle)
+    assert info.max_concurrent_requests == info.max_requests_per_peer == settings.max_concurrent_requests
+    assert info.max_stream_items == settings.max_stream_items
     found = [
         leaf.token
         for continent in client.children()

@@ -236,17 +236,33 @@ def warm_up_query(locator: Locator) -> bytes | NDArray[np.float32]:
 
 
 def available_memory_bytes(device: str) -> int:
-    """Memory that a version may take where it would go: of the GPU, or of this machine and this control group."""
+    """Memory that a version may take where it would go: of the GPU, or of this machine and its control groups (v2)."""
     if device != "cpu":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Cached files count as used, but give way.
-        available = min(available, limit - used + int(statistics.get("inactive_file", 0)))
-    return max(available, 0)
+    return max(0, min([available, *control_group_headrooms()]))
+
+
+def control_group_headrooms(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> Iterator[int]:
+    """Bytes below the limit of this process's control group (v2) and of each one around it that has a limit.
+
+    Args:
+        root: Where the hierarchy is mounted.
+        membership: The kernel's list of the process's groups.
+    """
+    with contextlib.suppress(OSError):
+        own = next((line[3:] for line in membership.read_text().splitlines() if line.startswith("0::")), "/")
+        group = root / own.strip("/")
+        for path in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (int((path / name).read_text()) for name in ("memory.max", "memory.current"))
+                statistics = dict(line.split() for line in (path / "memory.stat").read_text().splitlines())
+                # Cached files count as used, but give way.
+                yield limit - used + int(statistics.get("inactive_file", 0))
+            if path == root:
+                return
 
 
 def _check_images(bundle: Bundle, encoder: ImageEncoder | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from support.bundles import make_bundle, tiny_encoder
 
 from geosurge.images import DEFAULT_LIMITS
-from geosurge.server.loader import Loader
+from geosurge.server.loader import Loader, control_group_headrooms
 from geosurge.server.versions import LoadProgress
 
 
@@ -29,3 +29,18 @@ async def test_only_the_thread_that_encodes_keeps_a_team_of_openmp(tmp_path: Pat
             await loader.close(handle)
         finally:
             loader.stop()
+
+
+def test_every_control_group_with_a_limit_counts_and_cached_files_are_free(tmp_path: Path) -> None:
+    root, membership = tmp_path / "groups", tmp_path / "membership"
+    unit = root / "system.slice" / "geosurge.service"
+    unit.mkdir(parents=True)
+    for group, limit in ((root, "1"), (unit.parent, "max"), (unit, "5000")):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("3000\n")
+        (group / "memory.stat").write_text("anon 1\ninactive_file 700\n")
+    membership.write_text("4:memory:/elsewhere\n0::/system.slice/geosurge.service\n")
+    assert list(control_group_headrooms(root, membership)) == [2700, -2299]
+    assert list(control_group_headrooms(tmp_path / "none", membership)) == []
+    membership.write_text("0::/\n")
+    assert list(control_group_headrooms(root, membership)) == [-2299]
