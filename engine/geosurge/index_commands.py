@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from geosurge import store as stores
 from geosurge.bundle import Bundle, open_bundle, verify_bundle
@@ -293,7 +293,8 @@ def _version_fields(version: IndexVersion) -> dict[str, Any]:
 
 def _version_table(server: str, versions: Sequence[IndexVersion]) -> Table:
     table = Table(
-        *("version", "state", "canary", "requests", "memory", "created", "problem"),
+        Column("version", no_wrap=True),
+        *("state", "canary", "requests", "memory", "created", "problem"),
         title=f"index versions of {escape(server)}",
         title_justify="left",
     )

@@ -43,8 +43,10 @@ def configure_logging(level: str, log_format: LogFormat) -> None:
 def add_call(record: logging.LogRecord) -> bool:
     """Gives a record that is logged while a call is answered the call's id and index version; drops none."""
     call = current_call()
-    if call.method and not hasattr(record, "request_id"):
-        record.__dict__ |= {"request_id": call.fields()["request_id"], "index_version": call.index_version}
+    if call.method:
+        # What the record itself says comes first: a call may be about another version than the one that answers it.
+        about = {"request_id": call.fields()["request_id"], "index_version": call.index_version}
+        record.__dict__ |= {key: value for key, value in about.items() if key not in record.__dict__}
     return True
 
 

@@ -22,6 +22,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.servers import embedding, encoded_image
 
+from geosurge.server.interceptors import CallRecord, _current
 from geosurge.server.logs import JsonFormatter, LogFormat, TextFormatter, add_call, is_informative
 from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2_grpc
 from geosurge.v1 import geolocation_pb2 as pb
@@ -91,6 +92,19 @@ def test_outside_of_a_call_a_record_says_of_none() -> None:
     record = record_of("serving")
     assert add_call(record)
     assert "request_id" not in TextFormatter().format(record)
+
+
+def test_what_a_record_says_itself_comes_before_what_its_call_is_about() -> None:
+    call = CallRecord("/geosurge.v1.IndexService/RollbackVersion")
+    token = _current.set(call)
+    try:
+        record, other = record_of("activated", index_version="two"), record_of("other")
+        assert add_call(record)
+        assert add_call(other)
+    finally:
+        _current.reset(token)
+    assert record.__dict__["index_version"] == "two"
+    assert record.__dict__["request_id"] == other.__dict__["request_id"] == other.__dict__["index_version"] == ""
 
 
 def grpc_record(message: str, error: Exception | None) -> logging.LogRecord:
