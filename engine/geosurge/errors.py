@@ -219,6 +219,7 @@ class BundleError(GeoSurgeError):
 class BundleNotFoundError(BundleError):
     """There is no bundle at the path or of the name given."""
 
+    grpc_code = "NOT_FOUND"
     reason = "BUNDLE_NOT_FOUND"
 
 

@@ -1,10 +1,11 @@
-"""Requests that are refused, each with its own reason, and the name of its status code."""
+"""Requests that are refused, each with its own reason and status code, and what a refusal must not show."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -65,3 +66,8 @@ BAD_REQUESTS: dict[str, tuple[pb.LocateRequest, str, grpc.StatusCode]] = {
     "long request id": (pb.LocateRequest(request_id="x" * 5000, image=b"a"), "OPTION_OUT_OF_RANGE", INVALID),
     "unknown version": (with_options(index_version="nope"), "INDEX_VERSION_UNKNOWN", NOT_FOUND),
 }
+
+
+def shows_code(text: str) -> bool:
+    """Whether a text shows how the server is made: a stack trace, or where its files are."""
+    return any(words in text for words in ("Traceback", 'File "', ".py", "/geosurge/", str(Path.home()), "/tmp/"))

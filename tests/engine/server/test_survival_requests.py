@@ -18,7 +18,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 from support.answers import Query, expected_answers, questions, reason_of, same_answer
-from support.bad_requests import MAX_IMAGE_BYTES
+from support.bad_requests import MAX_IMAGE_BYTES, shows_code
 from support.processes import ServerProcess, geolocation, server_process, wait_until
 from support.secured import Authority, new_token, replace_file, services
 from support.servers import embedding, encoded_image
@@ -57,11 +57,6 @@ def assert_answers(server: ServerProcess, expected: list[pb.LocateResponse]) -> 
         answers = [geolocation(channel).Locate(asked, timeout=60) for asked in QUESTIONS]
     assert all(map(same_answer, answers, expected))
     assert server.health() == "SERVING"
-
-
-def shows_code(text: str) -> bool:
-    """Whether a text shows how the server is made: a stack trace, or where its files are."""
-    return any(words in text for words in ("Traceback", 'File "', ".py", "/geosurge/", str(Path.home()), "/tmp/"))
 
 
 def refusal(channel: Any, method: str, message: bytes, *, metadata: Any = (), **options: Any) -> tuple[Code, str]:
