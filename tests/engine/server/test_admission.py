@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geosurge.errors import OverloadedError
+from geosurge.errors import OverloadedError, PeerOverloadedError
 from geosurge.server.admission import Admission
 
 
@@ -84,4 +84,34 @@ async def test_a_permit_handed_to_a_waiter_that_is_cancelled_goes_to_the_next() 
     with pytest.raises(asyncio.CancelledError):
         await first
     (await second).release()
+    assert admission.in_use == 0
+
+
+async def test_a_peer_that_has_all_it_may_have_is_refused_while_others_are_served() -> None:
+    admission = Admission(3, permits_per_peer=2)
+    first, _second = admission.take("a"), admission.take("a")
+    with pytest.raises(PeerOverloadedError, match="2 requests from this address") as refusal:
+        admission.take("a")
+    assert 0 < refusal.value.retry_after_seconds <= 5
+    other = admission.take("b")
+    with pytest.raises(OverloadedError) as full:
+        admission.take("c")
+    assert not isinstance(full.value, PeerOverloadedError)
+    other.release()
+    first.release()
+    admission.take("a").release()
+
+
+async def test_a_waiting_peer_that_may_have_no_more_is_passed_over_and_not_forgotten() -> None:
+    admission = Admission(3, permits_per_peer=1)
+    held = [admission.take(peer) for peer in ("a", "b", "c")]
+    waiting = {name: asyncio.create_task(admission.wait(name[0])) for name in ("a1", "a2", "b1")}
+    await asyncio.sleep(0)
+    held[1].release()
+    (await waiting["b1"]).release()
+    assert not waiting["a1"].done()
+    held[0].release()
+    (await waiting["a1"]).release()
+    (await waiting["a2"]).release()
+    held[2].release()
     assert admission.in_use == 0
