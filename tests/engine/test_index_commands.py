@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
 from support.bundles import make_bundle
+from support.servers import embedding, settings_for
 from typer.testing import CliRunner
 
 from geosurge import store as stores
 from geosurge.bundle import read_manifest
+from geosurge.client import Client
 from geosurge.index_commands import index_app
+from geosurge.server.app import background_server
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,13 @@ def store(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     stores.publish(path, sources / "b")
     monkeypatch.setenv(stores.STORE_VARIABLE, str(path))
     return path
+
+
+@pytest.fixture
+def address(store: Path) -> Iterator[str]:
+    """A server of the store."""
+    with background_server(settings_for(store, scratch=store.parent)) as address:
+        yield address
 
 
 def run(*arguments: object) -> Result:
@@ -166,6 +177,81 @@ def test_wrong_usage_exits_with_2(store: Path, arguments: tuple[str, ...]) -> No
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("list", "inspect", "verify", "publish", "activate", "rollback"):
+    for command in ("list", "inspect", "verify", "publish", "activate", "rollback", "load", "unload", "canary"):
         assert command in text
     assert "Exits with 3" in run("verify", "--help").stdout
+
+
+def test_the_versions_of_a_server_are_loaded_activated_rolled_back_and_unloaded(address: str, store: Path) -> None:
+    server = ("--server", address)
+
+    def states() -> dict[str, str]:
+        return {version["name"]: version["state"] for version in run_json("list", *server)["versions"]}
+
+    assert states() == {"a": "active", "b": "unloaded"}
+    loaded = run_json("load", "b", *server)
+    assert (loaded["server"], loaded["name"], loaded["state"], loaded["failure"]) == (address, "b", "ready", None)
+    assert loaded["create_time"] == "2025-03-01T12:00:00Z"
+    assert run_json("activate", "b", *server)["state"] == "active"
+    with Client(address) as client:
+        assert client.locate_embedding(embedding(0)).index_version == "b"
+    assert (states(), stores.current(store)) == ({"a": "ready", "b": "active"}, "b")
+    assert run_json("rollback", *server)["name"] == "a"
+    assert run_json("canary", "b", "0.25", *server)["canary_share"] == 0.25
+    table = run("list", *server).stdout
+    assert f"index versions of {address}" in table
+    for words in ("active", "ready", "25.0%"):
+        assert words in table
+    assert run_json("canary", "b", "0", *server) == {"server": address, "canary": None}
+    assert run_json("unload", "b", *server)["name"] == "b"
+    assert stores.current(store) == "a"
+
+    assert run("load", "b", *server).stdout == f"loaded b on {address}\n"
+    assert run("activate", "b", *server).stdout == f"activated b on {address}\n"
+    assert run("rollback", *server).stdout == f"went back to a on {address}\n"
+    assert run("canary", "b", "1", *server).stdout == f"100.0% of the requests go to b on {address}\n"
+    assert run("canary", "b", "0", *server).stdout == f"no canary on {address}\n"
+    assert run("unload", "b", *server).stdout == f"unloaded b on {address}\n"
+
+
+def test_a_version_that_a_server_cannot_use_exits_with_3_and_its_reason(address: str, store: Path) -> None:
+    flip(store / "b" / "level-2.faiss")
+    for command in ("load", "activate"):
+        failure = run_json(command, "b", "--server", address, exit_code=3)
+        assert failure["error"]["reason"] == "BUNDLE_CORRUPT"
+        result = run(command, "b", "--server", address)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert "level-2.faiss" in result.stderr
+    assert "failed" in run("list", "--server", address).stdout
+    for arguments, reason in (
+        (("unload", "a"), "VERSION_IN_USE"),
+        (("canary", "b", "0.5"), "VERSION_NOT_LOADED"),
+        (("rollback",), "STORE_INVALID"),
+        (("activate", "c"), "BUNDLE_NOT_FOUND"),
+    ):
+        assert run_json(*arguments, "--server", address, exit_code=3)["error"]["reason"] == reason
+    listed = run_json("list", "--server", address)["versions"]
+    assert [(version["name"], version["state"]) for version in listed] == [("a", "active"), ("b", "failed")]
+    assert listed[1]["failure"]["reason"] == "BUNDLE_CORRUPT"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("list", "--server", "127.0.0.1:1", "--store", "."),
+        ("activate", "a", "--server", "127.0.0.1:1", "--store", "."),
+        ("rollback", "--server", "127.0.0.1:1", "--store", "."),
+        ("activate", "a", "--unload-first"),
+        ("load", "a"),
+        ("unload", "a"),
+        ("canary", "a", "0.5"),
+        ("canary", "a", "1.5", "--server", "127.0.0.1:1"),
+        ("list", "--server", "nonsense"),
+    ],
+)
+def test_what_is_said_of_a_server_must_fit_together(store: Path, arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_a_server_that_is_not_there_exits_with_3() -> None:
+    assert run_json("list", "--server", "127.0.0.1:1", exit_code=3)["error"]["reason"] == "UNAVAILABLE"
