@@ -467,10 +467,14 @@ class _Attempts:
             GeoSurgeError: What the failure meant, when there is no next attempt.
         """
         self._failed += 1
-        if failure.code() in _UNREACHED and not is_refused_handshake(failure.details() or ""):
+        is_cut_off = _is_cut_off(failure)
+        is_unreached = failure.code() in _UNREACHED and not is_refused_handshake(failure.details() or "")
+        if is_unreached or is_cut_off:
             pause = self._policy.pause_seconds(self._failed, self.remaining_seconds)
             if pause is not None:
                 return pause
+        if is_cut_off:
+            raise _ended_early() from failure
         raise _error_of(failure, self._address, self._connection, self._timeout_seconds) from failure
 
     def succeed(self) -> None:
@@ -563,6 +567,11 @@ def _error_of(failure: grpc.RpcError, address: str, connection: Connection, time
             "version: the IndexService may be on its --admin-port"
         )
     return status_to_error(status_pb2.Status(code=code.value[0], message=details))
+
+
+def _is_cut_off(failure: grpc.RpcError) -> bool:
+    """Whether asynchronous gRPC says only that it could not send: the server ended the stream, its reason is lost."""
+    return failure.code() == grpc.StatusCode.INTERNAL and failure.details() == "Internal error from Core"
 
 
 def _unanswered(address: str, timeout_seconds: float) -> str:

@@ -268,6 +268,20 @@ async def test_an_asynchronous_stream_outlasts_it_too_and_ends_at_its_timeout(bu
         assert [type(answer) for answer in answers] == [Location] * 20
 
 
+async def test_more_than_one_stream_may_have_goes_on_in_others(bundle: Path) -> None:
+    queries = [embedding(number % 7) for number in range(500)]
+    with background_server(settings_for(bundle, max_stream_items=90)) as address:
+        with Client(address) as client:
+            expected = [client.locate_embedding(query).path for query in queries[:7]]
+            answers = list(client.locate_many(queries))
+        async with AsyncClient(address) as other:
+            others = [answer async for answer in other.locate_many(queries)]
+    for received in (answers, others):
+        assert [type(answer) for answer in received] == [Location] * len(queries)
+        found = [[cell.token for cell in answer.path] for answer in received if isinstance(answer, Location)]
+        assert found == [[cell.token for cell in expected[number % 7]] for number in range(500)]
+
+
 @pytest.mark.parametrize("timeout", [0, -1])
 def test_a_timeout_of_nothing_is_not_the_default(client: Client, timeout: float) -> None:
     with pytest.raises(DeadlineExceededError, match="did not answer within"):
