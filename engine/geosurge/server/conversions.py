@@ -1,4 +1,4 @@
-"""Requests of the public API to what the engine is called with; answers and errors are in `geosurge.wire`."""
+"""Converts requests of the public API into arguments of the engine; `geosurge.wire` converts answers and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geosurge.v1 import geolocation_pb2
 logger = logging.getLogger(__name__)
 
 MAX_EMBEDDING_LENGTH = 65_536
-"""Values that are read at all: what is far too long for any index must not cost the time to copy it."""
+"""Most values that are copied: an embedding too long for any index is refused without reading it."""
 
 MAX_REQUEST_ID_LENGTH = 4096
 """Characters that a request id may have: it is echoed and logged, and may be a path."""
@@ -96,5 +96,5 @@ def exception_to_error(exception: Exception) -> GeoSurgeError:
     if isinstance(exception, GeoSurgeError):
         return exception
     error_id = uuid.uuid4().hex
-    logger.error("unexpected failure error_id=%s", error_id, exc_info=exception)
+    logger.error("unexpected failure", extra={"error_id": error_id}, exc_info=exception)
     return GeoSurgeError(f"the engine failed; the server logged the cause as {error_id}")

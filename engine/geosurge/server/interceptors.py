@@ -1,9 +1,10 @@
 """What surrounds every call: errors become statuses; the call is counted, traced, and logged as one line.
 
-All of them say the method, status, duration, request id and index version; never what an image showed or where it was.
+The line and the span hold its method, status, duration, request id and index version; never what an image showed or
+where it was.
 
-A message over the transport's limit is refused by gRPC itself, which tells nobody: a unary call does not get here, and
-a stream's requests end as if there were no more.
+A message over the transport's limit is refused by gRPC itself, out of sight of this module: a unary call does not get
+here, and a stream's requests end as if there were no more.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ _MAX_LOGGED_LENGTH: Final = 200
 """Characters of what a client chose that are logged."""
 
 _SERVER_FAULTS: Final = ("DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN")
-"""Codes that OpenTelemetry takes for a server's failures, of those that the engine ends calls with."""
+"""Codes with which the engine ends calls and which OpenTelemetry counts as failures of the server."""
 
 _UNSENT: Final = 'Failed "execute_batch"'
-"""How gRPC begins the message of an error that says no more than that the call is over."""
+"""Start of the message of gRPC's error for an answer that cannot be sent because the call is over."""
 
 
 @dataclass
 class CallRecord:
-    """What is known of the call in progress; services fill in what they learn."""
+    """The call in progress, for logs, spans and metrics; services fill in what they learn."""
 
     method: str
     request_id: str = ""
@@ -219,11 +220,11 @@ async def _guard(method: str, context: Any, metrics: Metrics) -> AsyncIterator[N
             tracing.annotate(_span_attributes(call, code), failed=code in _SERVER_FAULTS)
             _current.reset(token)
     if error is not None:
-        await _abort(context, error, call.request_id)
+        await abort(context, error, call.request_id)
 
 
 def is_lost_call(error: BaseException | None) -> bool:
-    """Whether an error says only that the call was over when gRPC tried to send: its client left, or was refused."""
+    """Whether an error only says that the call was over before gRPC could send: its client left, or was refused."""
     if isinstance(error, BaseExceptionGroup):
         return all(is_lost_call(part) for part in error.exceptions)
     return isinstance(error, grpc.aio.InternalError) and str(error).startswith(_UNSENT)
@@ -234,14 +235,15 @@ def _cancellation_code(context: Any) -> str:  # noqa: ANN401
     return "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"
 
 
-async def _abort(context: Any, error: GeoSurgeError, request_id: str) -> None:  # noqa: ANN401
+async def abort(context: Any, error: GeoSurgeError, request_id: str = "") -> None:  # noqa: ANN401
+    """Ends a call with the status that stands for an error, its details included."""
     status = error_to_status(error, {"request_id": request_id} if request_id else None)
     rich = rpc_status.to_status(status)
     await context.abort(rich.code, rich.details, rich.trailing_metadata)
 
 
 def _span_attributes(call: CallRecord, code: str) -> dict[str, str | int]:
-    """What a log line says, under the names of OpenTelemetry's conventions where it has one."""
+    """The fields of the log line, under the names of OpenTelemetry's conventions where it has them."""
     fields = call.fields()
     return {
         "rpc.system.name": "grpc",

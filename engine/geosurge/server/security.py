@@ -1,4 +1,4 @@
-"""Who may call what: TLS whose certificates are renewed under way, tokens with roles, and the check before every call.
+"""Who may call what: TLS with certificates that can be renewed, tokens with roles, and the check before every call.
 
 A token file, and the variable GEOSURGE_TOKENS, holds one token a line:
 
@@ -6,8 +6,8 @@ A token file, and the variable GEOSURGE_TOKENS, holds one token a line:
     locate:3f0c...
     admin:9ab1...:2027-03-31
 
-Certificates and tokens are read again when their files change. Files that cannot be used then change nothing: what was
-read before stays in force, and the log says why once. A connection or stream that is open already keeps what it had.
+Certificates and tokens are read again when their files change. If the new files cannot be used, what was read before
+stays in force, and a warning is logged once. Connections and streams that are open already are not checked again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import grpc
-from grpc_status import rpc_status
 
 from geosurge.certificates import read_authorities, read_identity
 from geosurge.connection import AUTHORIZATION_KEY, BEARER, is_token
@@ -39,9 +38,8 @@ from geosurge.errors import (
     GeoSurgeError,
     PermissionDeniedError,
 )
-from geosurge.server.interceptors import ENGINE_METHOD_PREFIX
+from geosurge.server.interceptors import ENGINE_METHOD_PREFIX, abort
 from geosurge.settings import TOKENS_VARIABLE, ServerSettings
-from geosurge.wire import error_to_status
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ _FileStates = tuple[tuple[int, int, int] | None, ...]
 
 
 class Role(IntEnum):
-    """What a token is good for; each role may do all that the ones before it may."""
+    """What a token permits; each role may do all that the ones before it may."""
 
     LOCATE = 1
     READ = 2
@@ -84,7 +82,7 @@ REQUIRED_ROLES: Final[Mapping[str, Role | None]] = MappingProxyType(
 
 
 def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
-    """What a secure port is opened with.
+    """Reads the credentials that a secure port is opened with.
 
     Args:
         settings: ``tls_certificate``, ``tls_key`` and ``tls_client_ca`` say which files are read, now and whenever they
@@ -94,7 +92,7 @@ def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | Non
         The credentials; ``None`` when the settings name no certificate.
 
     Raises:
-        ConfigurationError: A file cannot be used; names it.
+        ConfigurationError: A file cannot be used; the message names it.
     """
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
@@ -134,7 +132,7 @@ class _Certificates:
             except ConfigurationError as error:
                 logger.warning("the TLS files changed, but the certificate in use stays: %s", error)
                 return None
-            logger.info("the TLS files changed and were read again certificate=%s", self._certificate)
+            logger.info("the TLS files changed and were read again", extra={"certificate": str(self._certificate)})
             return configuration
 
 
@@ -176,14 +174,14 @@ class Tokens:
     def role_of(self, token: str) -> Role | None:
         """The role of a token.
 
-        How long it takes says nothing about the tokens that there are: hashes of equal length are compared, each in
-        constant time, and always all of them.
+        The time that this takes reveals nothing about the tokens: hashes of equal length are compared, each in constant
+        time, and always all of them.
 
         Returns:
             The role; ``None`` when the token is not known.
 
         Raises:
-            CredentialsExpiredError: It was valid once.
+            CredentialsExpiredError: Its last day has passed.
         """
         digest = _digest(token)
         found: _Entry | None = None
@@ -210,7 +208,7 @@ class Tokens:
                 except ConfigurationError as error:
                     logger.warning("the token file changed, but the tokens read before stay valid: %s", error)
                 else:
-                    logger.info("the token file was read again tokens=%d", len(self._entries))
+                    logger.info("the token file was read again", extra={"tokens": len(self._entries)})
             return self._entries
 
     def _read(self) -> list[_Entry]:
@@ -276,8 +274,7 @@ def _refusal(method: str, error: GeoSurgeError) -> Any:  # noqa: ANN401
     async def refuse(_requests: Any, context: Any) -> None:  # noqa: ANN401
         if method.startswith(ENGINE_METHOD_PREFIX):
             raise error
-        status = rpc_status.to_status(error_to_status(error))
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        await abort(context, error)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 

@@ -105,7 +105,7 @@ async def test_an_unexpected_failure_is_internal_and_keeps_its_trace_on_the_serv
     assert "Traceback" not in wire
     assert "manifest" not in wire
     error_id = caught.value.details().rsplit(" ", 1)[1]
-    assert any(error_id in record.message and record.exc_info for record in caplog.records)
+    assert any(record.__dict__.get("error_id") == error_id and record.exc_info for record in caplog.records)
     [call] = calls_in(caplog)
     assert (call["code"], call["levelname"]) == ("INTERNAL", "ERROR")
 
