@@ -1,4 +1,4 @@
-"""One permit a request, taken before any work: a bound on everything that a server holds at once."""
+"""One permit per request, taken before any work: a bound on everything that a server holds at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Permit:
         """Gives the permit back; calling it again does nothing."""
         admission, self._admission = self._admission, None
         if admission is not None:
-            admission._take_back(self._peer, time.monotonic() - self._taken_at)
+            admission._release(self._peer, time.monotonic() - self._taken_at)
 
     def __enter__(self) -> Self:
         return self
@@ -39,20 +39,20 @@ class Permit:
 
 
 class Admission:
-    """A fixed number of permits, of which one peer may have some; all methods belong to one event loop.
+    """A fixed number of permits, with a limit for each peer; all methods belong to one event loop.
 
     A unary call takes a permit or is refused at once, so that its caller can turn to another server. A stream waits for
     one, so that gRPC's flow control slows its client down. Waiting streams are served in the order in which they came,
-    and before unary calls; a peer that has all it may have is passed over.
+    and before unary calls; those of a peer that is at its limit are passed over.
     """
 
     def __init__(self, permits: int, permits_per_peer: int | None = None) -> None:
         self.permits: Final = permits
-        """Requests that can hold a permit at once."""
+        """Permits in all: most requests that are worked on at once."""
         self.permits_per_peer: Final = permits if permits_per_peer is None else permits_per_peer
-        """Those of one peer."""
+        """Most permits that one peer may hold."""
         self.in_use = 0
-        """Permits that are held, or handed over to a stream that has yet to notice."""
+        """Permits that are held, or granted to a stream that has yet to resume."""
         self._held: Counter[str] = Counter()
         self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
         self._mean_hold_seconds = 0.0
@@ -64,9 +64,9 @@ class Admission:
             peer: Who asks: the address without the port.
 
         Raises:
-            OverloadedError: None is free. It comes with the time that permits have been held for of late: a request
-                that comes back after it competes with other requests.
-            PeerOverloadedError: The peer has all that it may have.
+            OverloadedError: No permit is free. Its ``retry_after_seconds`` is a moving average of the time for which
+                permits are held.
+            PeerOverloadedError: The peer is at its limit.
         """
         if self.in_use >= self.permits:
             retry_after = self._retry_after_seconds()
@@ -86,7 +86,7 @@ class Admission:
         return Permit(self, peer)
 
     async def wait(self, peer: str = "") -> Permit:
-        """Takes a permit as soon as one is free."""
+        """Takes a permit as soon as one is free and the peer is below its limit."""
         if self.in_use < self.permits and self._held[peer] < self.permits_per_peer:
             self._grant(peer)
             return Permit(self, peer)
@@ -96,7 +96,7 @@ class Admission:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._give_back(peer)
+                self._free(peer)
             else:
                 self._waiting.remove((peer, turn))
             raise
@@ -109,12 +109,12 @@ class Admission:
         self.in_use += 1
         self._held[peer] += 1
 
-    def _take_back(self, peer: str, held_seconds: float) -> None:
+    def _release(self, peer: str, held_seconds: float) -> None:
         self._mean_hold_seconds += _SMOOTHING * (held_seconds - self._mean_hold_seconds)
-        self._give_back(peer)
+        self._free(peer)
 
-    def _give_back(self, peer: str) -> None:
-        """Makes a permit free, and hands it to the stream that has waited longest for one that it may have."""
+    def _free(self, peer: str) -> None:
+        """Frees a permit, and grants it to the stream that has waited longest and whose peer is below its limit."""
         self.in_use -= 1
         self._held[peer] -= 1
         if not self._held[peer]:

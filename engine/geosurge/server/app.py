@@ -68,9 +68,9 @@ class Server:
     """One listening server; all methods belong to the event loop that runs it.
 
     Attributes:
-        settings: The settings.
-        metrics: What it counts.
-        address: ``host:port`` that it listens on, once it does.
+        settings: Its settings.
+        metrics: Its metrics.
+        address: ``host:port`` that it listens on; empty before `listen`.
         admin_address: That of the IndexService; empty where there is none.
         metrics_address: That of the monitoring endpoint; empty where there is none.
     """
@@ -214,7 +214,7 @@ class Server:
         await asyncio.gather(*(server.stop(None) for server in self._servers))
 
     def _build(self, *, locates: bool, administers: bool) -> grpc.aio.Server:
-        """A server of some of the services; every one has health and reflection."""
+        """A gRPC server with some of the services; each has health and reflection."""
         server = grpc.aio.server(
             interceptors=[CallInterceptor(self._stopping, self.metrics), AuthInterceptor(self._tokens)],
             options=[
@@ -313,7 +313,7 @@ async def _serve(settings: ServerSettings, on_ready: Callable[[Server], None] | 
         loop.add_signal_handler(number, signals.put_nowait, number)
     # Until there is a server, this signal's own effect would be to kill the process.
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    _exempt_from_collection()
+    _freeze_garbage_collector()
     server = Server(settings)
     start = asyncio.create_task(server.start())
     signalled = asyncio.create_task(signals.get())
@@ -325,7 +325,7 @@ async def _serve(settings: ServerSettings, on_ready: Callable[[Server], None] | 
             await start
         return
     await start
-    _exempt_from_collection()
+    _freeze_garbage_collector()
     follows: set[asyncio.Task[None]] = set()
 
     def follow() -> None:
@@ -352,11 +352,11 @@ async def _serve(settings: ServerSettings, on_ready: Callable[[Server], None] | 
     again.cancel()
 
 
-def _exempt_from_collection() -> None:
-    """Has the garbage collector never look again at what there is now: hundreds of thousands of objects of libraries.
+def _freeze_garbage_collector() -> None:
+    """Has the garbage collector never again scan what exists now: hundreds of thousands of objects of libraries.
 
-    Looking at them all stops every call for a quarter of a second. It takes as long here, so that most of it is done
-    before anything is served.
+    A scan of all of them would stop every call for a quarter of a second. The last one is made here, before anything is
+    served.
     """
     gc.collect()
     gc.freeze()

@@ -93,9 +93,9 @@ class _Stage:
         Args:
             name: Name of the stage.
             work: Works on one batch; must not raise.
-            group: A batch holds items for which this is one and the same object.
+            group: Key of an item; all items of a batch have the identical object as their key.
             reject: Ends items with an error.
-            crashed: Told when the thread ends without having been asked to.
+            crashed: Called with the name when the thread ends without having been asked to.
             max_batch_size: Most items of a batch.
         """
         self.name = name
@@ -169,7 +169,10 @@ class _Stage:
             self._crashed(self.name)
 
     def _step(self) -> bool:
-        """Does one piece of work; false when there will be no more. Its locals die with it, and a version with them."""
+        """Does one piece of work; false when there will be no more.
+
+        A method of its own, so that between two pieces of work no local keeps a version alive.
+        """
         call: _Call | None = None
         batch: list[_Item] = []
         expired: list[_Item] = []
@@ -305,11 +308,11 @@ class Batcher:
         return location
 
     async def in_decoder(self, function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
-        """Runs a function that takes long for an event loop on a decoding thread."""
+        """Runs a function that would block the event loop for too long on a decoding thread."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
 
     def between_batches(self, function: Callable[[], _Result]) -> Future[_Result]:
-        """Runs a function that computes with all cores where images are encoded, before the next batch.
+        """Runs a function that computes with all cores on the encoding thread, before the next batch.
 
         Raises:
             ShuttingDownError: The batcher has been stopped.
@@ -409,7 +412,7 @@ def _validate(handle: VersionHandle, options: LocateOptions) -> None:
 
 
 def _failure(stage: str, batch: Sequence[_Item]) -> GeoSurgeError:
-    """Logs the exception that is being handled, and what its items are told."""
+    """Logs the exception that is being handled; returns the error that its items are told."""
     error_id = uuid.uuid4().hex
     logger.exception(
         "batch failed",

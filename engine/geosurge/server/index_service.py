@@ -12,7 +12,10 @@ from geosurge.wire import error_to_status
 
 
 class IndexService(index_pb2_grpc.IndexServiceServicer):
-    """Changes which versions are loaded and which one is active. It needs no permit: a busy server can be helped."""
+    """Changes which versions are loaded and which one is active.
+
+    It needs no permit, so that an overloaded server can still be administered.
+    """
 
     def __init__(self, versions: Versions) -> None:
         self._versions = versions

@@ -63,19 +63,19 @@ _Result = TypeVar("_Result")
 _EncoderKey: TypeAlias = tuple[str, ...]
 
 _CHUNK_BYTES: Final = 1 << 20
-_REST: Final = 1.0
-"""Seconds of rest for a second of reading, beside traffic."""
+_REST_RATIO: Final = 1.0
+"""Seconds of rest for each second of reading, while other versions have traffic."""
 
 _PRIVATE_PREFIX: Final = "geosurge-load-"
 _READ_SHARE: Final = 0.6
-"""Part of a load's progress that is reading."""
+"""Share of a load's progress that reading makes up."""
 
 
 class Loader:
     """Opens and closes versions; one thread does both, because FAISS must not do them at the same time.
 
     Attributes:
-        device: Where versions are loaded to.
+        device: Device that versions are loaded onto.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Loader:
         """Starts the thread.
 
         Args:
-            between_batches: Runs a function where the live versions compute, between two of their batches.
+            between_batches: Runs a function on the thread that encodes for the live versions, between two batches.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-            limits: What versions accept as an image.
-            max_batch_size: Size of the batch that a version must stand.
-            scratch: Directory for the private copies; by default the system's for temporary files.
+            limits: Limits of the images that versions accept.
+            max_batch_size: Size of the largest batch, which a version must answer before it serves.
+            scratch: Directory for the private copies; by default the system's directory for temporary files.
         """
         self.device = device
         self._between_batches = between_batches
@@ -119,22 +119,22 @@ class Loader:
         Args:
             name: The name that it must have.
             path: The bundle.
-            progress: Told of each step; may end the load.
-            beside_traffic: Leave time to those that are served.
+            progress: Gets each step reported, and may end the load.
+            beside_traffic: Rest between reads, because other versions have traffic.
 
         Raises:
             BundleError: The bundle cannot be used.
             EncoderError: Its encoder cannot be loaded.
             LoadSupersededError: The load was given up.
         """
-        return await self._on_thread(self._open, name, path, progress, _REST if beside_traffic else 0.0)
+        return await self._on_thread(self._open, name, path, progress, _REST_RATIO if beside_traffic else 0.0)
 
     async def close(self, handle: VersionHandle) -> None:
         """Frees a version that no request uses."""
         await self._on_thread(handle.close)
 
     def stop(self) -> None:
-        """Ends the thread after what it was asked for."""
+        """Finishes the work that is queued, then ends the thread."""
         self._thread.shutdown(wait=True)
 
     async def _on_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
@@ -156,15 +156,15 @@ class Loader:
             encoder_sha256="" if encoder is None else encoder.sha256,
         )
 
-    def _open(self, name: str, path: Path, progress: LoadProgress, rest: float) -> VersionHandle:
+    def _open(self, name: str, path: Path, progress: LoadProgress, rest_ratio: float) -> VersionHandle:
         try:
-            return self._pass_gate(name, path, progress, rest)
+            return self._pass_gate(name, path, progress, rest_ratio)
         except FileNotFoundError as error:
             raise BundlePartialError(f"{error.filename or path} vanished while it was loaded") from error
         except OSError as error:
             raise BundleCorruptError(f"{path} cannot be loaded: {error}") from error
 
-    def _pass_gate(self, name: str, path: Path, progress: LoadProgress, rest: float) -> VersionHandle:
+    def _pass_gate(self, name: str, path: Path, progress: LoadProgress, rest_ratio: float) -> VersionHandle:
         progress.report("reading the manifest", 0.0)
         bundle = open_bundle(path)
         if bundle.manifest.name != name:
@@ -178,7 +178,7 @@ class Loader:
         is_new_encoder = info is not None and encoder is None
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(_private_directory(self._scratch))
-            private = _copy(bundle, directory, progress, rest, with_encoder=is_new_encoder)
+            private = _copy(bundle, directory, progress, rest_ratio, with_encoder=is_new_encoder)
             if private.encoder_path is not None and is_new_encoder:
                 progress.report("loading the encoder", _READ_SHARE)
                 encoder = _load_encoder(private.encoder_path, self.device)
@@ -205,12 +205,12 @@ class Loader:
 
 
 def warm_up(locator: Locator, batch_size: int, *, encode: bool = True) -> None:
-    """Locates one query and a batch, so that first requests find everything in its place.
+    """Locates one query and a batch, so that the first requests do not pay for allocations and caches.
 
     Args:
         locator: What to warm up.
         batch_size: Size of the batch.
-        encode: Send images; without it, or without an encoder, embeddings.
+        encode: Encode images; otherwise, or without an encoder, search with embeddings alone.
 
     Raises:
         GeoSurgeError: A query was not answered.
@@ -227,7 +227,7 @@ def warm_up(locator: Locator, batch_size: int, *, encode: bool = True) -> None:
 
 
 def warm_up_query(locator: Locator) -> bytes | NDArray[np.float32]:
-    """Something that a version can be asked: a grey image, or, of one without an encoder, an embedding."""
+    """A query that a version can answer: a grey image, or an embedding where it has no encoder."""
     if locator.manifest.encoder is None:
         return np.ones(locator.manifest.dimension, dtype=np.float32)
     grey = io.BytesIO()
@@ -236,7 +236,7 @@ def warm_up_query(locator: Locator) -> bytes | NDArray[np.float32]:
 
 
 def available_memory_bytes(device: str) -> int:
-    """Memory that a version may take where it would go: of the GPU, or of this machine and its control groups (v2)."""
+    """Memory available to a new version: of the GPU, or of this machine within the limits of control groups (v2)."""
     if device != "cpu":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
@@ -272,7 +272,7 @@ def _check_images(bundle: Bundle, encoder: ImageEncoder | None) -> None:
 
 @contextlib.contextmanager
 def _private_directory(scratch: Path) -> Iterator[Path]:
-    """A directory that is gone afterwards; locked meanwhile, so that others can tell whether its owner lives."""
+    """A directory that is removed afterwards; locked meanwhile, so that other processes can tell that it is in use."""
     directory = Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX, dir=scratch))
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -284,7 +284,7 @@ def _private_directory(scratch: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned_copies(scratch: Path) -> None:
-    """Removes what processes that were killed while they loaded have left."""
+    """Removes the copies of processes that were killed while they loaded."""
     for directory in scratch.glob(f"{_PRIVATE_PREFIX}*"):
         with contextlib.suppress(OSError):
             descriptor = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
@@ -296,10 +296,10 @@ def _remove_abandoned_copies(scratch: Path) -> None:
 
 
 def _load_encoder(path: Path, device: str) -> ImageEncoder:
-    """Loads an encoder on a thread that ends with it.
+    """Loads an encoder on a thread that ends afterwards.
 
-    While more threads than one have a team of OpenMP's, the members of each sleep between two operations instead of
-    spinning, and encoding takes twice as long. The team of the thread that encodes has to be the only one.
+    While more than one thread has an OpenMP team, the members of each sleep between two operations instead of spinning,
+    and encoding takes twice as long. So the team of the encoding thread has to be the only one.
     """
     with ThreadPoolExecutor(1, "geosurge-encoder-loader") as thread:
         return thread.submit(ImageEncoder.load, path, device).result()
@@ -308,7 +308,8 @@ def _load_encoder(path: Path, device: str) -> ImageEncoder:
 def _encoder_key(manifest: Manifest) -> _EncoderKey:
     """What two bundles must have in common to share an encoder: its identity, and the files that hold it.
 
-    With the identity alone a bundle whose files hold another encoder would pass here, and not when it is loaded alone.
+    By the identity alone, a bundle whose files hold another encoder than it says would pass beside the right one, and
+    fail when it is loaded alone.
     """
     identity = "" if manifest.encoder is None else manifest.encoder.sha256
     prefix = f"{ENCODER_DIRECTORY}/"
@@ -317,21 +318,21 @@ def _encoder_key(manifest: Manifest) -> _EncoderKey:
 
 
 @dataclass
-class _Pace:
-    """Rests in proportion to the time that was worked."""
+class _Throttle:
+    """Rests in proportion to the time that was spent working."""
 
-    rest: float
+    rest_ratio: float
     begun: float
 
     def pause(self) -> None:
-        """Rests for what was worked since the last time."""
+        """Rests for the work since the last pause."""
         worked = time.perf_counter() - self.begun
-        if self.rest:
-            time.sleep(self.rest * worked)
+        if self.rest_ratio:
+            time.sleep(self.rest_ratio * worked)
         self.begun = time.perf_counter()
 
 
-def _copy(bundle: Bundle, directory: Path, progress: LoadProgress, rest: float, *, with_encoder: bool) -> Bundle:
+def _copy(bundle: Bundle, directory: Path, progress: LoadProgress, rest_ratio: float, *, with_encoder: bool) -> Bundle:
     """Reads every file and copies those that will be opened.
 
     Raises:
@@ -339,7 +340,7 @@ def _copy(bundle: Bundle, directory: Path, progress: LoadProgress, rest: float, 
     """
     total = max(sum(info.size for info in bundle.manifest.files.values()), 1)
     done = 0
-    pace = _Pace(rest, time.perf_counter())
+    throttle = _Throttle(rest_ratio, time.perf_counter())
     for relative, info in bundle.manifest.files.items():
         is_wanted = with_encoder or not relative.startswith(f"{ENCODER_DIRECTORY}/")
         target = directory / relative if is_wanted else Path(os.devnull)
@@ -351,7 +352,7 @@ def _copy(bundle: Bundle, directory: Path, progress: LoadProgress, rest: float, 
                 writer.write(chunk)
                 done += len(chunk)
                 progress.report(f"reading {relative}", _READ_SHARE * done / total)
-                pace.pause()
+                throttle.pause()
         if digest.hexdigest() != info.sha256:
             raise BundleCorruptError(
                 f"{bundle.path / relative} has another SHA-256 than recorded; publish the bundle again"

@@ -41,7 +41,7 @@ def configure_logging(level: str, log_format: LogFormat) -> None:
 
 
 def add_call(record: logging.LogRecord) -> bool:
-    """Gives a record that is logged while a call is answered the call's id and index version; drops none."""
+    """A filter that adds request id and index version to records logged while a call is answered; it drops none."""
     call = current_call()
     if call.method:
         # What the record itself says comes first: a call may be about another version than the one that answers it.
@@ -51,9 +51,9 @@ def add_call(record: logging.LogRecord) -> bool:
 
 
 def is_informative(record: logging.LogRecord) -> bool:
-    """Drops the traceback that gRPC logs when a stream's status cannot be sent because gRPC has refused its message.
+    """A filter that drops what gRPC logs when it cannot send a stream's status because it has refused a message of it.
 
-    The client has been told, the call's own line is logged, and no other failure of gRPC or of the engine looks so.
+    The client has been told, the call's own line is logged, and no other failure of gRPC or the engine looks like it.
     """
     lost = record.name == "grpc._cython.cygrpc" and str(record.msg).startswith(_UNSENT_STATUS)
     return not (lost and record.exc_info is not None and is_lost_call(record.exc_info[1]))

@@ -7,7 +7,7 @@
 | `geosurge_refusals_total` | reason | calls ended on purpose with an error, by `ErrorInfo.reason` |
 | `geosurge_failed_items_total` | reason | items of streams answered with an error, by `ErrorInfo.reason` |
 | `geosurge_stage_seconds` | stage | histogram of times: decode and queue of a request, encode and search of a batch |
-| `geosurge_batch_size` | stage | histogram of the requests worked on together; its `_sum` counts requests |
+| `geosurge_batch_size` | stage | histogram of the number of requests in a batch; its `_sum` counts requests |
 | `geosurge_load_seconds` | outcome | histogram of the time of loads (ready, failed, superseded); `_count` counts them |
 | `geosurge_swaps_total` | kind | changes of what is served: activate, rollback, unload, ... |
 | `geosurge_active_version` | version | 1 for the version that answers requests which name none; no other is listed |
@@ -153,7 +153,7 @@ class Metrics:
                 self._active_version.labels(version).set(1)
 
     def watch(self, name: Watched, read: Callable[[], float]) -> None:
-        """Has every scrape read a number.
+        """Publishes a number that every scrape reads afresh.
 
         Args:
             name: What it is; each can be watched once.

@@ -1,13 +1,13 @@
-"""What machines ask about a server, over HTTP on a port of its own.
+"""Metrics and probes of a server, over HTTP on a port of its own.
 
 | path | answer |
 |---|---|
 | `/metrics` | the numbers that `geosurge.server.metrics` lists, in Prometheus' text format or OpenMetrics |
-| `/livez` | 200 while the event loop turns, 503 otherwise: start the process again |
+| `/livez` | 200 while the event loop turns, 503 otherwise: restart the process |
 | `/readyz` | 200 while requests are answered, 503 otherwise: send them elsewhere |
 
 It has threads of its own, so that it answers while the event loop is stuck and never keeps it waiting. It has neither
-encryption nor credentials; no answer says anything of what clients asked.
+encryption nor credentials; its answers hold nothing of what clients asked.
 """
 
 from __future__ import annotations

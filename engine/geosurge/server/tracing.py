@@ -1,4 +1,4 @@
-"""OpenTelemetry spans, where OpenTelemetry is installed: one a call, with one below it for each stage of its answer.
+"""OpenTelemetry spans, where OpenTelemetry is installed: one for each call, and below it one for each stage of it.
 
 ``pip install 'geosurge[tracing]'`` installs it; nothing happens without it. Its usual variables say where spans go::
 
@@ -41,7 +41,7 @@ def configure_tracing() -> None:
         ConfigurationError: What the environment asks for is not installed.
     """
     name = os.environ.get(EXPORTER_VARIABLE, "none")
-    if name == "none" or _is_sent():
+    if name == "none" or _is_enabled():
         return
     exporters = entry_points(group=EXPORTER_GROUP)
     if name not in exporters.names:
@@ -59,7 +59,7 @@ def configure_tracing() -> None:
 @contextmanager
 def span(name: str, *, metadata: Iterable[tuple[str, str | bytes]] | None = None) -> Iterator[None]:
     """Traces a ``with`` block; one that answers a call continues the trace that the call's metadata names."""
-    if not _is_sent():
+    if not _is_enabled():
         yield
         return
     with trace.get_tracer(TRACER).start_as_current_span(
@@ -74,8 +74,8 @@ def span(name: str, *, metadata: Iterable[tuple[str, str | bytes]] | None = None
 
 
 def annotate(attributes: Mapping[str, Attribute], *, failed: bool = False) -> None:
-    """Adds to the span of the block that this is called in; ``failed`` when it is the engine's fault."""
-    if _is_sent():
+    """Adds attributes to the current span; ``failed`` marks it as an error of the engine."""
+    if _is_enabled():
         current = trace.get_current_span()
         current.set_attributes(attributes)
         if failed:
@@ -83,8 +83,8 @@ def annotate(attributes: Mapping[str, Attribute], *, failed: bool = False) -> No
 
 
 def record_stages(timings: geolocation_pb2.Timings, *, begun_ns: int) -> None:
-    """Adds spans below that of the block that this is called in, laid end to end from a moment (epoch, nanoseconds)."""
-    if not (_is_sent() and trace.get_current_span().is_recording()):
+    """Adds a span for each stage below the current one, end to end from ``begun_ns`` (nanoseconds since the epoch)."""
+    if not (_is_enabled() and trace.get_current_span().is_recording()):
         return
     for stage in ("decode", "queue", "encode", "search", "posterior"):
         if duration_ns := round(1e6 * getattr(timings, f"{stage}_ms")):
@@ -93,5 +93,5 @@ def record_stages(timings: geolocation_pb2.Timings, *, begun_ns: int) -> None:
             child.end(begun_ns)
 
 
-def _is_sent() -> bool:
+def _is_enabled() -> bool:
     return _installed and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)

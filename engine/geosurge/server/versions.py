@@ -5,14 +5,14 @@
 | LOADING | read and checked beside the others | READY, FAILED |
 | READY | loaded; answers requests that name it | ACTIVE, DRAINING |
 | ACTIVE | loaded; answers requests that name no version | READY, DRAINING (only to make room for its successor) |
-| DRAINING | takes no new requests | UNLOADED, when those that it has are answered |
-| UNLOADED | in the store alone | LOADING |
+| DRAINING | takes no new requests | UNLOADED, once its requests are answered |
+| UNLOADED | in the store, but not in memory | LOADING |
 | FAILED | could not be loaded; the reason is kept | LOADING |
 
 A request acquires one handle when it begins and keeps it to its end, so that everything in an answer comes from one
 version however many are loaded and activated meanwhile. A handle is immutable; what changes is which one is active.
 
-What has to be done so that a version can be loaded is decided by `next_step`, a pure function. A load that fails, for
+`next_step`, a pure function, decides what has to be done before a version can be loaded. A load that fails, for
 whatever reason, changes nothing else.
 """
 
@@ -74,12 +74,12 @@ LOADED_STATES = frozenset({VersionState.READY, VersionState.ACTIVE})
 class VersionHandle:
     """One loaded index bundle.
 
-    A request that is cancelled lets go of its version at once, while a thread may still work for it. So whatever runs
-    on a thread uses the version inside `use`, and `close` waits for it.
+    A request that is cancelled releases its version at once, while a thread may still work for it. So whatever runs on
+    a thread uses the version inside `use`, and `close` waits for it.
 
     Attributes:
         name: Name of the bundle; every answer carries it.
-        locator: The bundle, opened.
+        locator: The opened bundle.
     """
 
     def __init__(self, name: str, locator: Locator) -> None:
@@ -108,7 +108,7 @@ class VersionHandle:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Frees the version when no thread works with it any more."""
+        """Waits until no thread uses the version, then frees it."""
         with self._changed:
             self._closed = True
             while self._users:
@@ -121,10 +121,10 @@ class Needs:
     """What loading a version takes, read from its manifest.
 
     Attributes:
-        memory_bytes: Estimate of what it adds to the memory in use.
-        available_bytes: What is free where it would go.
+        memory_bytes: Estimate of the memory that it adds.
+        available_bytes: Memory that is free on its device.
         create_time: When the bundle was built.
-        encoder_sha256: Its encoder; empty when it has none.
+        encoder_sha256: SHA-256 of its encoder; empty when it has none.
     """
 
     memory_bytes: int
@@ -134,7 +134,7 @@ class Needs:
 
 
 class LoadProgress:
-    """A load that is under way, as its thread and the event loop see it."""
+    """A load that is under way, shared by its thread and the event loop."""
 
     def __init__(self) -> None:
         self.step = "waiting"
@@ -153,7 +153,7 @@ class LoadProgress:
         self._given_up.set()
 
     def report(self, step: str, fraction: float) -> None:
-        """Says what is being done now, and how much of everything is done, 0 to 1.
+        """Reports the current step, and the fraction of the whole load that is done, 0 to 1.
 
         Raises:
             LoadSupersededError: Nobody wants the load any more.
@@ -183,13 +183,13 @@ class Resident:
     Attributes:
         name: Its name.
         state: READY, ACTIVE or DRAINING.
-        last_wanted: Grows with every request to load or activate a version; orders them by age.
+        last_requested: Number of the last request to load or activate it; a lower one is older.
         has_traffic: Whether, though not active, it gets requests: as the canary, or about to be activated.
     """
 
     name: str
     state: VersionState
-    last_wanted: int
+    last_requested: int
     has_traffic: bool = False
 
 
@@ -207,7 +207,7 @@ class Unload:
 
 @dataclass(frozen=True)
 class WaitForDrain:
-    """A version is on its way out; what it frees may suffice."""
+    """A version is draining; what it frees may suffice."""
 
 
 @dataclass(frozen=True)
@@ -230,16 +230,15 @@ def next_step(
 ) -> Step:
     """Decides what to do next so that one more version can be loaded; ask again after each step.
 
-    Versions that nothing sends traffic to make room first, the one that was wanted longest ago before the others. The
-    active version and what else has traffic are left alone, except that ``unload_first`` gives up the active one in the
-    end.
+    Versions without traffic make room first, least recently requested first. The active version and others with traffic
+    stay, except that ``unload_first`` gives up the active one as a last resort.
 
     Args:
-        needed_bytes: Estimate of what the version takes.
+        needed_bytes: Estimate of the memory that the version takes.
         available_bytes: Memory that is free.
         residents: The versions in memory.
         max_versions: Versions that may be in memory at once.
-        unload_first: Whether traffic may be refused in between.
+        unload_first: Whether the active version may be unloaded first, so that requests are refused meanwhile.
     """
     fits_count = len(residents) < max_versions
     if fits_count and needed_bytes <= available_bytes:
@@ -248,7 +247,7 @@ def next_step(
         return WaitForDrain()
     spare = [version for version in residents if version.state is VersionState.READY and not version.has_traffic]
     if spare:
-        return Unload(min(spare, key=lambda version: version.last_wanted).name)
+        return Unload(min(spare, key=lambda version: version.last_requested).name)
     active = [version for version in residents if version.state is VersionState.ACTIVE]
     if unload_first and active:
         return Unload(active[0].name)
@@ -271,15 +270,15 @@ class VersionStatus:
     Attributes:
         name: Its name.
         state: Its state.
-        state_time: When it got into it; ``None`` when it never left the store.
-        failure: Why it could not be loaded.
-        load_step: What a load is doing.
-        load_progress: How far it is, 0 to 1.
+        state_time: When it entered that state; ``None`` when nobody has asked for it.
+        failure: Why it could not be loaded, or what is wrong with it in the store.
+        load_step: What a load is doing; empty without one.
+        load_progress: Fraction of a load that is done, 0 to 1.
         request_count: Requests that are being answered from it.
-        memory_bytes: Estimate of what it takes; 0 when it was never read.
-        canary_share: Share of the traffic that it gets as a canary.
-        create_time: When the bundle was built.
-        encoder_sha256: Its encoder.
+        memory_bytes: Estimate of the memory that it takes; 0 when it was never read.
+        canary_share: Share of the traffic that it gets as a canary, 0 to 1.
+        create_time: When the bundle was built; ``None`` when it was never read.
+        encoder_sha256: SHA-256 of its encoder; empty when it has none or was never read.
     """
 
     name: str
@@ -297,7 +296,7 @@ class VersionStatus:
 
 @dataclass(eq=False)
 class _Version:
-    """Everything about one version that changes."""
+    """The mutable record of one version."""
 
     name: str
     state: VersionState = VersionState.UNLOADED
@@ -309,7 +308,7 @@ class _Version:
     users: int = 0
     unused: asyncio.Event = field(default_factory=asyncio.Event)
     drain: asyncio.Task[None] | None = None
-    last_wanted: int = 0
+    last_requested: int = 0
 
     def enter(self, state: VersionState) -> None:
         """Changes the state."""
@@ -334,14 +333,14 @@ class Versions:
         metrics: Metrics | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """Takes note of where bundles are; nothing is loaded yet.
+        """Records where the bundles are; nothing is loaded yet.
 
         Args:
             source: A store, or one bundle, which is then the only version.
             loader: Opens and closes versions.
             max_versions: Versions that may be in memory at once.
-            metrics: Told of loads and swaps.
-            on_change: Called when another version, or none, has become the active one.
+            metrics: Counts loads and swaps.
+            on_change: Called when another version, or none, has become active.
         """
         is_bundle = (source / MANIFEST_FILE).exists()
         self._store = None if is_bundle else source
@@ -354,8 +353,8 @@ class Versions:
         self._active: _Version | None = None
         self._canary: tuple[_Version, float] | None = None
         self._loading: tuple[_Version, _LoadTask] | None = None
-        self._pointer = asyncio.Lock()
-        self._wishes = itertools.count(1)
+        self._pointer_lock = asyncio.Lock()
+        self._request_numbers = itertools.count(1)
         self._latest_switch = ""
         self._successor: _Version | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -392,7 +391,7 @@ class Versions:
 
         Args:
             name: Name of a loaded version; empty means the active one, or the canary for its share of the requests.
-            request_id: Decides between the two; the same one always gets the same version, and none the active one.
+            request_id: Decides between the two: equal ids get the same version, an empty one gets the active version.
 
         Raises:
             IndexVersionUnknownError: No loaded version has this name.
@@ -407,11 +406,6 @@ class Versions:
             version.users -= 1
             if version.users == 0:
                 version.unused.set()
-
-    def users(self, name: str) -> int:
-        """Number of requests that are using a version."""
-        version = self._versions.get(name)
-        return 0 if version is None else version.users
 
     def status(self, name: str) -> VersionStatus:
         """What is known of a version.
@@ -468,7 +462,7 @@ class Versions:
             BundleNotFoundError: The store has no such bundle.
             ShuttingDownError: The server is stopping.
         """
-        self._wish(name)
+        self._request(name)
         self._start_load(name, unload_first=False)
         return self.status(name)
 
@@ -497,7 +491,7 @@ class Versions:
             GeoSurgeError: As `activate`.
         """
         if self._store is None:
-            raise StoreError("this server serves one bundle and no store, so that there is nothing to go back to")
+            raise StoreError("this server serves one bundle and no store, so there is nothing to go back to")
         store = self._store
         target = await asyncio.to_thread(stores.rollback_target, store)
         switch = self._switch(target, lambda: stores.rollback(store, to=target), kind="rollback")
@@ -583,14 +577,14 @@ class Versions:
                     f"index version {name!r} is not loaded; loaded: {loaded}. Leave it empty for the active one"
                 )
             return version
-        if self._canary is not None and request_id and _position(request_id) < self._canary[1]:
+        if self._canary is not None and request_id and _hash_fraction(request_id) < self._canary[1]:
             return self._canary[0]
         if self._active is None:
             raise _no_active_version()
         return self._active
 
-    def _wish(self, name: str) -> None:
-        """Notes that somebody wants a version now, and gives up what is being loaded for an older wish."""
+    def _request(self, name: str) -> None:
+        """Records a request for a version, and makes a load for an older request give up."""
         if self._closing:
             raise ShuttingDownError("the server is stopping")
         self._path(name)
@@ -599,7 +593,7 @@ class Versions:
             if other.name != name and other.progress is not None:
                 other.progress.give_up(f"version {name!r} was asked for after it")
         version = self._versions.setdefault(name, _Version(name))
-        version.last_wanted = next(self._wishes)
+        version.last_requested = next(self._request_numbers)
 
     def _start_load(self, name: str, *, unload_first: bool) -> _LoadTask | None:
         """The task that loads a version; ``None`` when it is loaded."""
@@ -629,7 +623,7 @@ class Versions:
     async def _load(
         self, version: _Version, progress: LoadProgress, previous: _LoadTask | None, *, unload_first: bool
     ) -> _Version | None:
-        """Loads a version; returns the active one when it had to be unloaded for it."""
+        """Loads a version; returns the version that was active if that had to be unloaded for it."""
         begun = time.perf_counter()
         replaced: _Version | None = None
         failure: GeoSurgeError | None = None
@@ -679,14 +673,14 @@ class Versions:
             logger.warning("load failed", extra=fields)
 
     async def _make_room(self, version: _Version, progress: LoadProgress, *, unload_first: bool) -> _Version | None:
-        """Unloads what has to go; returns the active version when it was among it."""
+        """Unloads what has to go; returns the version that was active if that had to go, too."""
         replaced: _Version | None = None
         try:
             while True:
                 progress.report("making room", 0.0)
                 version.needs = await self._loader.needs(self._path(version.name))
                 # What is READY while the pointer moves may be ACTIVE afterwards.
-                async with self._pointer:
+                async with self._pointer_lock:
                     step = self._next_step(version.needs, unload_first=unload_first)
                     leaving = self._versions[step.name] if isinstance(step, Unload) else None
                     if leaving is not None and leaving is self._active:
@@ -710,7 +704,7 @@ class Versions:
     def _next_step(self, needs: Needs, *, unload_first: bool) -> Step:
         canary = None if self._canary is None else self._canary[0]
         residents = [
-            Resident(other.name, other.state, other.last_wanted, has_traffic=other in (canary, self._successor))
+            Resident(other.name, other.state, other.last_requested, has_traffic=other in (canary, self._successor))
             for other in self._versions.values()
             if other.state in LOADED_STATES or other.state is VersionState.DRAINING
         ]
@@ -723,7 +717,7 @@ class Versions:
         )
 
     async def _bring_back(self, replaced: _Version) -> None:
-        """Loads the version again that was given up for one that cannot be used, unless another is active by now."""
+        """Loads a version again that made room for one that cannot be used, unless another is active by now."""
         if self._closing or self._active is not None:
             return
         try:
@@ -742,13 +736,13 @@ class Versions:
     async def _switch(
         self, name: str, write_pointer: Callable[[], object], *, kind: str, unload_first: bool = False
     ) -> str:
-        self._wish(name)
+        self._request(name)
         self._latest_switch = name
         loading = self._start_load(name, unload_first=unload_first)
         before = "" if self._active is None else self._active.name
         replaced = None if loading is None else await asyncio.shield(loading)
         version = self._versions[name]
-        async with self._pointer:
+        async with self._pointer_lock:
             try:
                 # Where nothing is active, this one is better than none until the newer one is loaded.
                 if name != self._latest_switch and self._active is not None:
@@ -775,8 +769,8 @@ class Versions:
         return "" if before == name else before
 
     async def _follow(self) -> None:
-        async with self._pointer:
-            # Not while it is being moved here; and nothing may come between reading it and wishing.
+        async with self._pointer_lock:
+            # Not while it is being moved here; and no other request may come between reading it and asking for it.
             name = self._current()
         await self._switch(name, lambda: None, kind="reload")
 
@@ -798,7 +792,7 @@ class Versions:
         )
 
     def _drain(self, version: _Version) -> asyncio.Task[None]:
-        """Takes a version away from new requests; the task frees it when it has none left."""
+        """Withdraws a version from new requests; the task frees it when it has none left."""
         version.enter(VersionState.DRAINING)
         version.drain = self._track(self._free(version))
         return version.drain
@@ -840,14 +834,14 @@ class Versions:
 
 
 def _to_failure(error: Exception) -> GeoSurgeError:
-    """The reason alone: a traceback would keep alive what the load had opened."""
+    """The error without its traceback, which would keep alive what the load had opened."""
     if isinstance(error, GeoSurgeError):
         return type(error)(str(error))
     return GeoSurgeError(f"{type(error).__name__}: {error}")
 
 
-def _position(request_id: str) -> float:
-    """A number from 0 to 1 that depends on the id alone."""
+def _hash_fraction(request_id: str) -> float:
+    """A hash of the id, uniform in [0, 1)."""
     digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
@@ -860,4 +854,4 @@ def _write(write_pointer: Callable[[], object]) -> None:
     try:
         write_pointer()
     except OSError as error:
-        raise StoreError(f"the store cannot be written, so that nothing was activated: {error}") from error
+        raise StoreError(f"the store cannot be written, so nothing was activated: {error}") from error

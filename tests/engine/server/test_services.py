@@ -193,7 +193,7 @@ async def test_cancelled_and_late_calls_leave_nothing_behind(live: Live, caplog:
         await asyncio.sleep(0.01)
     assert server._admission.in_use == 0
     assert server._batcher.queue_length == 0
-    assert server._versions.users("tiny") == 0
+    assert server._versions.status("tiny").request_count == 0
     assert (await stub.Locate(good())).index_version == "tiny"
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 

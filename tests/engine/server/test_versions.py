@@ -356,9 +356,9 @@ async def test_a_server_of_one_bundle_has_one_version(store: Path) -> None:
 async def test_users_are_counted_however_they_leave(store: Path) -> None:
     async with opened(store) as versions:
         with suppress(ZeroDivisionError), versions.acquire():
-            assert versions.users("one") == 1
+            assert versions.status("one").request_count == 1
             _ = 1 // 0
-        assert versions.users("one") == 0
+        assert versions.status("one").request_count == 0
 
 
 async def test_a_load_that_gave_up_and_is_asked_for_again_is_done(store: Path) -> None:
@@ -430,7 +430,7 @@ async def test_the_version_that_is_being_activated_is_not_unloaded(store: Path) 
             assert handle.name == "two"
 
 
-async def test_asking_twice_for_one_version_is_one_wish(store: Path) -> None:
+async def test_asking_twice_for_one_version_is_one_load(store: Path) -> None:
     async with opened(store) as versions:
         both = await asyncio.gather(versions.activate("two"), versions.activate("two"))
         assert "one" in both
