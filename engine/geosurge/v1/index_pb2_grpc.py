@@ -26,20 +26,21 @@ if _version_not_supported:
 
 
 class IndexServiceStub(object):
-    """Loads, activates and unloads index versions while others are being served. For administrators: it is served only where
-    that is the loopback interface, where tokens guard it, or on a port of its own.
+    """Loads, activates and unloads index versions while others are being served. For administrators: the main port offers it
+    only on the loopback interface or with tokens; otherwise it is on a port of its own, or nowhere.
 
     | status              | reason                                                                                  |
     |---------------------|-----------------------------------------------------------------------------------------|
     | NOT_FOUND           | BUNDLE_NOT_FOUND                                                                        |
-    | FAILED_PRECONDITION | VERSION_IN_USE (active, or the canary), VERSION_NOT_LOADED (a canary),                  |
+    | FAILED_PRECONDITION | VERSION_IN_USE (active, about to be, or the canary), VERSION_NOT_LOADED (a canary),     |
     |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), STORE_INVALID (a server of    |
     |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
     |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
     |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
     | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name), INPUT_INVALID                    |
     | ABORTED             | LOAD_SUPERSEDED (a newer request made this load give up)                                |
-    | UNAUTHENTICATED, PERMISSION_DENIED | credentials, where the server asks for them                             |
+    | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING, CREDENTIALS_INVALID,  |
+    | PERMISSION_DENIED   | CREDENTIALS_EXPIRED, PERMISSION_DENIED                                                  |
     | UNAVAILABLE         | SHUTTING_DOWN                                                                           |
     | INTERNAL            | INTERNAL                                                                                |
     """
@@ -88,20 +89,21 @@ class IndexServiceStub(object):
 
 
 class IndexServiceServicer(object):
-    """Loads, activates and unloads index versions while others are being served. For administrators: it is served only where
-    that is the loopback interface, where tokens guard it, or on a port of its own.
+    """Loads, activates and unloads index versions while others are being served. For administrators: the main port offers it
+    only on the loopback interface or with tokens; otherwise it is on a port of its own, or nowhere.
 
     | status              | reason                                                                                  |
     |---------------------|-----------------------------------------------------------------------------------------|
     | NOT_FOUND           | BUNDLE_NOT_FOUND                                                                        |
-    | FAILED_PRECONDITION | VERSION_IN_USE (active, or the canary), VERSION_NOT_LOADED (a canary),                  |
+    | FAILED_PRECONDITION | VERSION_IN_USE (active, about to be, or the canary), VERSION_NOT_LOADED (a canary),     |
     |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), STORE_INVALID (a server of    |
     |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
     |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
     |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
     | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name), INPUT_INVALID                    |
     | ABORTED             | LOAD_SUPERSEDED (a newer request made this load give up)                                |
-    | UNAUTHENTICATED, PERMISSION_DENIED | credentials, where the server asks for them                             |
+    | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING, CREDENTIALS_INVALID,  |
+    | PERMISSION_DENIED   | CREDENTIALS_EXPIRED, PERMISSION_DENIED                                                  |
     | UNAVAILABLE         | SHUTTING_DOWN                                                                           |
     | INTERNAL            | INTERNAL                                                                                |
     """
@@ -114,7 +116,7 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetVersion(self, request, context):
-        """Returns one version: its state, how far a load is, why it failed.
+        """Returns one version: its state, the progress of a load, why it failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,7 +153,7 @@ class IndexServiceServicer(object):
 
     def SetCanary(self, request, context):
         """Sends a share of the requests that name no version to a second one; which ones depends on the request id alone, so
-        that a retry sees the same version. It ends with the server.
+        that a retry sees the same version. A restart of the server ends the canary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,20 +206,21 @@ def add_IndexServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IndexService(object):
-    """Loads, activates and unloads index versions while others are being served. For administrators: it is served only where
-    that is the loopback interface, where tokens guard it, or on a port of its own.
+    """Loads, activates and unloads index versions while others are being served. For administrators: the main port offers it
+    only on the loopback interface or with tokens; otherwise it is on a port of its own, or nowhere.
 
     | status              | reason                                                                                  |
     |---------------------|-----------------------------------------------------------------------------------------|
     | NOT_FOUND           | BUNDLE_NOT_FOUND                                                                        |
-    | FAILED_PRECONDITION | VERSION_IN_USE (active, or the canary), VERSION_NOT_LOADED (a canary),                  |
+    | FAILED_PRECONDITION | VERSION_IN_USE (active, about to be, or the canary), VERSION_NOT_LOADED (a canary),     |
     |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), STORE_INVALID (a server of    |
     |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
     |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
     |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
     | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name), INPUT_INVALID                    |
     | ABORTED             | LOAD_SUPERSEDED (a newer request made this load give up)                                |
-    | UNAUTHENTICATED, PERMISSION_DENIED | credentials, where the server asks for them                             |
+    | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING, CREDENTIALS_INVALID,  |
+    | PERMISSION_DENIED   | CREDENTIALS_EXPIRED, PERMISSION_DENIED                                                  |
     | UNAVAILABLE         | SHUTTING_DOWN                                                                           |
     | INTERNAL            | INTERNAL                                                                                |
     """
