@@ -23,15 +23,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from geosurge import __version__
-from geosurge.connection_options import (
-    TlsCaOption,
-    TlsCertificateOption,
-    TlsKeyOption,
-    TlsOption,
-    TokenFileOption,
-    check_server,
-    make_connection,
-)
+from geosurge.connection_options import Connect, check_server, with_connection
 from geosurge.errors import BundleError, EncoderMissingError, GeoSurgeError, InputError, UsageError
 from geosurge.index_commands import index_app
 from geosurge.location import LocateOptions, Location
@@ -40,8 +32,6 @@ from geosurge.store import default_store, resolve_bundle
 
 if TYPE_CHECKING:
     from geosurge.connection import Connection
-
-if TYPE_CHECKING:
     from geosurge.server.app import Server
 
 MAX_TOP_K: Final = 100
@@ -133,6 +123,7 @@ def _check_confidence(level: float) -> float:
 
 
 @app.command()
+@with_connection
 def locate(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files; - is standard input.")],
     *,
@@ -166,11 +157,7 @@ def locate(
         float | None,
         typer.Option(min=0.001, metavar="SECONDS", help="Time that a server has for its next answer; 30 by default."),
     ] = None,
-    tls_ca: TlsCaOption = None,
-    tls: TlsOption = False,
-    tls_certificate: TlsCertificateOption = None,
-    tls_key: TlsKeyOption = None,
-    token_file: TokenFileOption = None,
+    connection: Connect,
 ) -> None:
     """Says where images were taken.
 
@@ -183,9 +170,7 @@ def locate(
         raise UsageError("--server has its own index and device; leave out --index and --device, or --server")
     if server is None and timeout is not None:
         raise UsageError("--timeout is for the answers of a server; name one with --server, or leave it out")
-    connection = make_connection(
-        server, tls_ca=tls_ca, tls=tls, tls_certificate=tls_certificate, tls_key=tls_key, token_file=token_file
-    )
+    server_connection = connection()
     if images.count("-") > 1:
         raise UsageError("- is given more than once, but standard input can be read only once")
     options = LocateOptions(
@@ -200,7 +185,7 @@ def locate(
     if server is None:
         answers = _ask_index(queries, options, index or default_store(), device or "cpu")
     else:
-        answers = _ask_server(queries, options, server, timeout, connection)
+        answers = _ask_server(queries, options, server, timeout, server_connection)
     # Names of files need not be text; what is printed has to be.
     names = [os.fsencode(image).decode("utf-8", "replace") for image in images]
     rows = zip(names, answers, strict=True)

@@ -1,4 +1,4 @@
-"""The options by which commands reach a server through TLS and with a token; the same for every command that has them.
+"""The options with which commands reach a server through TLS and with a token.
 
 A token itself is never an option, because options show in a list of processes.
 """
@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from geosurge.connection import Connection
 
 MAX_PORT: Final = 65535
-ENVIRONMENT_VARIABLE: Final = "GEOSURGE_TOKEN"
+TOKEN_VARIABLE: Final = "GEOSURGE_TOKEN"  # noqa: S105 - the name of a variable
+
+Connect: TypeAlias = Callable[[], "Connection | None"]
+"""What `with_connection` hands to a command: it reads certificates and tokens when it is called."""
 
 TlsCaOption = Annotated[
     Path | None,
-    typer.Option("--tls-ca", metavar="FILE", help="Use TLS with a server that the authority in this PEM file signed."),
+    typer.Option("--tls-ca", metavar="FILE", help="Use TLS, trusting the authorities in this PEM file."),
 ]
-TlsOption = Annotated[
-    bool, typer.Option("--tls", help="Use TLS with a server that an authority which the system trusts signed.")
-]
+TlsOption = Annotated[bool, typer.Option("--tls", help="Use TLS, trusting the authorities of the system.")]
 TlsCertificateOption = Annotated[
     Path | None,
     typer.Option("--tls-certificate", metavar="FILE", help="PEM file of the certificate to show to the server."),
@@ -42,7 +43,7 @@ TokenFileOption = Annotated[
     typer.Option(
         "--token-file",
         metavar="FILE",
-        help=f"File whose first line is the token to send; {ENVIRONMENT_VARIABLE} in the environment by default.",
+        help=f"File whose first line is the token to send; {TOKEN_VARIABLE} in the environment by default.",
     ),
 ]
 
@@ -99,13 +100,16 @@ def make_connection(
         ca_file=tls_ca,
         certificate_file=tls_certificate,
         key_file=tls_key,
-        token=(os.environ.get(ENVIRONMENT_VARIABLE) or None) if token_file is None else _first_line(token_file),
+        token=(os.environ.get(TOKEN_VARIABLE) or None) if token_file is None else _first_line(token_file),
         tls=tls,
     )
 
 
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command that takes ``server`` and ``connection`` the options of this module in place of the latter."""
+    """Gives a command the options of this module in place of its parameter ``connection``, which is a `Connect`.
+
+    The command also takes ``server``, the address; without one, `Connect` returns ``None``.
+    """
     options: dict[str, tuple[object, object]] = {
         "tls_ca": (TlsCaOption, None),
         "tls": (TlsOption, False),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final, Self
-
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from geosurge.client import Client, RetryPolicy
 from geosurge.connection import Connection
 from geosurge.description import IndexVersion
 from geosurge.v1 import index_pb2, index_pb2_grpc
-from geosurge.wire import status_to_error
+from geosurge.wire import message_to_version
 
 LOAD_TIMEOUT_SECONDS: Final = 600.0
 """Time that reading and checking a large bundle may take."""
@@ -31,7 +28,7 @@ class IndexClient:
             timeout_seconds: Time that a call may take; activating a version includes loading it.
             connection: Encryption and credentials; ``None`` is plain text without a token.
         """
-        # What changes a server is never repeated on its own.
+        # A call that changes a server is never repeated unasked.
         self._client = Client(
             address, timeout_seconds=timeout_seconds, retry=RetryPolicy(max_attempts=1), connection=connection
         )
@@ -64,7 +61,7 @@ class IndexClient:
         return message_to_version(response.version)
 
     def load(self, name: str) -> IndexVersion:
-        """Starts to load a version; `version` says how it goes on.
+        """Starts to load a version; `version` reports its progress.
 
         Raises:
             BundleNotFoundError: The server does not have it.
@@ -114,24 +111,3 @@ class IndexClient:
         request = index_pb2.SetCanaryRequest(name=name, share=share)
         response = self._client.call(self._index.SetCanary, request)
         return message_to_version(response.version) if response.HasField("version") else None
-
-
-def message_to_version(message: index_pb2.IndexVersion) -> IndexVersion:
-    """Reads one version from its message."""
-    return IndexVersion(
-        name=message.name,
-        state=index_pb2.VersionState.Name(message.state).removeprefix("VERSION_STATE_").lower(),
-        failure=status_to_error(message.failure) if message.HasField("failure") else None,
-        load_step=message.load_step,
-        load_progress=message.load_progress,
-        request_count=message.request_count,
-        memory_bytes=message.memory_bytes,
-        canary_share=message.canary_share,
-        state_time=_time(message.state_time) if message.HasField("state_time") else None,
-        create_time=_time(message.create_time) if message.HasField("create_time") else None,
-        encoder_sha256=message.encoder_sha256,
-    )
-
-
-def _time(timestamp: Timestamp) -> datetime:
-    return timestamp.ToDatetime(tzinfo=UTC)

@@ -13,10 +13,10 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -25,11 +25,10 @@ from rich.table import Column, Table
 
 from geosurge import store as stores
 from geosurge.bundle import Bundle, open_bundle, verify_bundle
-from geosurge.connection_options import check_server, with_connection
+from geosurge.connection_options import Connect, check_server, with_connection
 from geosurge.errors import GeoSurgeError, StoreError, UsageError
 
 if TYPE_CHECKING:
-    from geosurge.connection import Connection
     from geosurge.description import IndexVersion
     from geosurge.index_client import IndexClient
 
@@ -59,7 +58,6 @@ _RequiredServer = Annotated[
     str, typer.Option(metavar="HOST:PORT", callback=check_server, help="Address of the server's IndexService.")
 ]
 _Version = Annotated[str, typer.Argument(help="Name of the version.")]
-_Connect: TypeAlias = Callable[[], "Connection | None"]
 _BundleOrStore = Annotated[
     Path | None,
     typer.Argument(help="A bundle, or a store whose active bundle is meant.", metavar="[BUNDLE|STORE]"),
@@ -69,7 +67,7 @@ _BundleOrStore = Annotated[
 @index_app.command("list")
 @with_connection
 def list_command(
-    *, store: _Store = None, server: _Server = None, as_json: _JsonFlag = False, connection: _Connect
+    *, store: _Store = None, server: _Server = None, as_json: _JsonFlag = False, connection: Connect
 ) -> None:
     """Lists bundles: which one is active and which cannot be used; of a server, also which are loaded."""
     with _reported(as_json=as_json):
@@ -173,7 +171,7 @@ def activate(
         typer.Option("--unload-first", help="Let the server refuse traffic while both do not fit into its memory."),
     ] = False,
     as_json: _JsonFlag = False,
-    connection: _Connect,
+    connection: Connect,
 ) -> None:
     """Makes a bundle the active one.
 
@@ -196,7 +194,7 @@ def activate(
 
 @index_app.command()
 @with_connection
-def rollback(*, store: _Store = None, server: _Server = None, as_json: _JsonFlag = False, connection: _Connect) -> None:
+def rollback(*, store: _Store = None, server: _Server = None, as_json: _JsonFlag = False, connection: Connect) -> None:
     """Goes back to the bundle that was active before; again, and it goes back further."""
     with _reported(as_json=as_json):
         if server is not None:
@@ -214,7 +212,7 @@ def rollback(*, store: _Store = None, server: _Server = None, as_json: _JsonFlag
 
 @index_app.command()
 @with_connection
-def load(name: _Version, *, server: _RequiredServer, as_json: _JsonFlag = False, connection: _Connect) -> None:
+def load(name: _Version, *, server: _RequiredServer, as_json: _JsonFlag = False, connection: Connect) -> None:
     """Has a server load a version beside the active one, so that requests can name it; waits until it is ready."""
     with _reported(as_json=as_json), _client(server, connection) as client:
         version = client.load(name)
@@ -230,7 +228,7 @@ def load(name: _Version, *, server: _RequiredServer, as_json: _JsonFlag = False,
 
 @index_app.command()
 @with_connection
-def unload(name: _Version, *, server: _RequiredServer, as_json: _JsonFlag = False, connection: _Connect) -> None:
+def unload(name: _Version, *, server: _RequiredServer, as_json: _JsonFlag = False, connection: Connect) -> None:
     """Has a server free a version that is neither active nor the canary."""
     with _reported(as_json=as_json), _client(server, connection) as client:
         _print_version(server, client.unload(name), "unloaded", as_json=as_json)
@@ -244,7 +242,7 @@ def canary(
     *,
     server: _RequiredServer,
     as_json: _JsonFlag = False,
-    connection: _Connect,
+    connection: Connect,
 ) -> None:
     """Sends a share of a server's traffic to a second version; which requests depends on their ids alone."""
     with _reported(as_json=as_json), _client(server, connection) as client:
@@ -270,7 +268,7 @@ def _reported(*, as_json: bool) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from caught
 
 
-def _client(server: str, connection: _Connect) -> IndexClient:
+def _client(server: str, connection: Connect) -> IndexClient:
     # What only looks at files starts without gRPC.
     from geosurge.index_client import IndexClient  # noqa: PLC0415
 

@@ -15,7 +15,7 @@ from typing import Final
 from google.protobuf import json_format
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from geosurge.description import Cell, Coordinate, ServerInfo
+from geosurge.description import Cell, Coordinate, IndexVersion, ServerInfo
 from geosurge.errors import (
     DeadlineExceededError,
     GeoSurgeError,
@@ -34,7 +34,7 @@ from geosurge.location import (
     Place,
     Timings,
 )
-from geosurge.v1 import cell_pb2, geolocation_pb2
+from geosurge.v1 import cell_pb2, geolocation_pb2, index_pb2
 
 ERROR_DOMAIN: Final = "geosurge"
 
@@ -190,6 +190,23 @@ def message_to_info(info: geolocation_pb2.GetInfoResponse) -> ServerInfo:
         max_requests_per_peer=info.limits.max_requests_per_peer,
         max_stream_items=info.limits.max_stream_items,
         default_beam_width=info.default_beam_width,
+    )
+
+
+def message_to_version(message: index_pb2.IndexVersion) -> IndexVersion:
+    """Reads one index version of a server."""
+    return IndexVersion(
+        name=message.name,
+        state=index_pb2.VersionState.Name(message.state).removeprefix("VERSION_STATE_").lower(),
+        failure=status_to_error(message.failure) if message.HasField("failure") else None,
+        load_step=message.load_step,
+        load_progress=message.load_progress,
+        request_count=message.request_count,
+        memory_bytes=message.memory_bytes,
+        canary_share=message.canary_share,
+        state_time=message.state_time.ToDatetime(tzinfo=UTC) if message.HasField("state_time") else None,
+        create_time=message.create_time.ToDatetime(tzinfo=UTC) if message.HasField("create_time") else None,
+        encoder_sha256=message.encoder_sha256,
     )
 
 
