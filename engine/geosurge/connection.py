@@ -6,7 +6,6 @@ through TLS or within the machine.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import ssl
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 import grpc
 
+from geosurge.addresses import address_to_host, is_loopback
 from geosurge.certificates import read_authorities, read_identity
 from geosurge.errors import ConfigurationError
 
@@ -162,7 +162,7 @@ def explain_unavailable(details: str, address: str, connection: Connection) -> s
 
 
 def _token(address: str, connection: Connection) -> str | None:
-    if connection.token is not None and not connection.encrypted and not _is_local(address):
+    if connection.token is not None and not connection.encrypted and not is_loopback(address_to_host(address)):
         raise ConfigurationError(
             f"a token for {address} would cross the network in plain text; use TLS, with the server's authority "
             "(ca_file, --tls-ca) or those of the system (tls, --tls)"
@@ -191,18 +191,11 @@ def _system_authorities() -> bytes | None:
 
 def _arguments(address: str, options: ChannelOptions) -> list[tuple[str, Any]]:
     # gRPC would send even loopback connections to the proxy that the environment names.
-    return [*_OPTIONS, *([("grpc.enable_http_proxy", 0)] if _is_local(address) else []), *options]
+    proxy = [("grpc.enable_http_proxy", 0)] if is_loopback(address_to_host(address)) else []
+    return [*_OPTIONS, *proxy, *options]
 
 
-def _is_local(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _signed(details: Any, token: str) -> Any:  # noqa: ANN401
+def _with_token(details: Any, token: str) -> Any:  # noqa: ANN401
     """The details of a call with the token among its metadata."""
     metadata = [*(details.metadata or ()), (AUTHORIZATION_KEY, f"{BEARER} {token}")]
     return details._replace(metadata=grpc.aio.Metadata(*metadata))
@@ -213,7 +206,7 @@ class _TokenSender(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInte
         self._token = token
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:  # noqa: ANN401
-        return continuation(_signed(client_call_details, self._token), request)
+        return continuation(_with_token(client_call_details, self._token), request)
 
     def intercept_stream_stream(
         self,
@@ -221,7 +214,7 @@ class _TokenSender(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInte
         client_call_details: Any,  # noqa: ANN401
         request_iterator: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        return continuation(_signed(client_call_details, self._token), request_iterator)
+        return continuation(_with_token(client_call_details, self._token), request_iterator)
 
 
 class _AsyncUnaryTokenSender(grpc.aio.UnaryUnaryClientInterceptor):
@@ -229,7 +222,7 @@ class _AsyncUnaryTokenSender(grpc.aio.UnaryUnaryClientInterceptor):
         self._token = token
 
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:  # noqa: ANN401
-        return await continuation(_signed(client_call_details, self._token), request)
+        return await continuation(_with_token(client_call_details, self._token), request)
 
 
 class _AsyncStreamTokenSender(grpc.aio.StreamStreamClientInterceptor):
@@ -242,4 +235,4 @@ class _AsyncStreamTokenSender(grpc.aio.StreamStreamClientInterceptor):
         client_call_details: Any,  # noqa: ANN401
         request_iterator: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        return await continuation(_signed(client_call_details, self._token), request_iterator)
+        return await continuation(_with_token(client_call_details, self._token), request_iterator)

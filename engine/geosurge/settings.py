@@ -7,7 +7,6 @@ The field ``max_batch_size`` is the flag ``--max-batch-size``, the variable ``GE
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from geosurge.addresses import is_loopback
 from geosurge.errors import ConfigurationError
 from geosurge.store import default_store
 
@@ -98,11 +98,12 @@ class ServerSettings(BaseSettings):
         description="Requests worked on or queued at once; by default a batch and two images a decoding thread. A "
         "unary call beyond it is refused, a stream waits.",
     )
-    max_requests_per_peer: int | None = Field(
-        default=None,
+    max_requests_per_peer: int = Field(
+        default_factory=lambda sizes: sizes["max_concurrent_requests"],
         ge=1,
         le=100_000,
-        description="Requests of one client address at once; by default all, because a proxy is one address.",
+        description="Requests of one client address worked on or queued at once; by default all, because the clients "
+        "of a proxy have one address.",
     )
     max_stream_items: int = Field(
         default=1_000_000,
@@ -114,7 +115,7 @@ class ServerSettings(BaseSettings):
     )
     scratch: Path | None = Field(
         default=None,
-        description="Directory for private copies of what is being loaded; by default that for temporary files.",
+        description="Directory for private copies of loaded versions; by default the system's for temporary files.",
     )
     admin_port: int | None = Field(
         default=None,
@@ -151,8 +152,8 @@ class ServerSettings(BaseSettings):
     metrics_host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address that metrics_port listens on. It has neither encryption nor credentials, and nothing of "
-        "what clients ask.",
+        description="Address that metrics_port listens on, without encryption or credentials; nothing of what clients "
+        "ask can be read there.",
     )
     tls_certificate: Path | None = Field(
         default=None, description="PEM file of the server's certificate and its chain; read again when it changes."
@@ -189,11 +190,6 @@ class ServerSettings(BaseSettings):
         reason.
         """
         return 2 * self.max_image_bytes + (1 << 20)
-
-    @property
-    def address(self) -> str:
-        """``host:port``, as gRPC writes it."""
-        return join_address(self.host, self.port)
 
     @field_validator("tls_certificate", "tls_key", "tls_client_ca", "token_file")
     @classmethod
@@ -256,7 +252,9 @@ def load_settings(config_file: Path | None = None, **flags: Any) -> ServerSettin
     try:
         return ServerSettings(**merged)
     except ValidationError as error:
-        problems = [_describe(problem, sources, config_file) for problem in error.errors()]
+        # A default that is derived from a wrong value is not a problem of its own.
+        causes = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
+        problems = [_describe(problem, sources, config_file) for problem in causes]
         raise ConfigurationError("; ".join(problems)) from error
 
 
@@ -274,21 +272,6 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
             closest = _closest(name, sorted(known))
             found[variable] = closest and ENVIRONMENT_PREFIX + closest
     return found
-
-
-def join_address(host: str, port: int) -> str:
-    """``host:port``, as gRPC writes it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reachable from this machine alone; a name other than ``localhost`` counts as remote."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

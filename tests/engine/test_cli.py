@@ -17,11 +17,10 @@ from google.protobuf import json_format
 from PIL import Image
 from support.bundles import make_bundle, tiny_encoder
 from support.secured import Authority, new_token, replace_file
-from support.servers import encoded_image, settings_for
+from support.servers import background_server, encoded_image, settings_for
 
 from geosurge import __version__, cli, locator
 from geosurge.client import Client
-from geosurge.server.app import background_server
 from geosurge.settings import ServerSettings
 from geosurge.store import publish
 from geosurge.v1 import geolocation_pb2

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.bundles import make_bundle, tiny_encoder
-from support.servers import embedding, encoded_image, settings_for
+from support.servers import background_server, embedding, encoded_image, settings_for
 
 from geosurge.client import AsyncClient, Client, Query, RetryPolicy
 from geosurge.errors import (
@@ -39,7 +39,6 @@ from geosurge.errors import (
 )
 from geosurge.location import LocateOptions, Location, Timings
 from geosurge.locator import Locator
-from geosurge.server.app import background_server
 from geosurge.v1 import geolocation_pb2, geolocation_pb2_grpc
 
 MAX_IMAGE_BYTES = 100_000

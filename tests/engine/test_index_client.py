@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.bundles import CREATE_TIME, make_bundle
 from support.processes import wait_until
-from support.servers import embedding, settings_for
+from support.servers import background_server, embedding, settings_for
 
 from geosurge import store as stores
 from geosurge.client import Client
@@ -21,7 +21,6 @@ from geosurge.errors import (
     VersionNotLoadedError,
 )
 from geosurge.index_client import IndexClient
-from geosurge.server.app import background_server
 
 
 @pytest.fixture

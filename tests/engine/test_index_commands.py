@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 from click.testing import Result
 from support.bundles import make_bundle
-from support.servers import embedding, settings_for
+from support.servers import background_server, embedding, settings_for
 from typer.testing import CliRunner
 
 from geosurge import store as stores
 from geosurge.bundle import read_manifest
 from geosurge.client import Client
 from geosurge.index_commands import index_app
-from geosurge.server.app import background_server
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from geosurge.errors import ConfigurationError
-from geosurge.settings import ServerSettings, is_loopback, load_settings, unknown_variables
+from geosurge.settings import ServerSettings, load_settings, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,16 @@ def test_the_defaults_are_local_and_valid() -> None:
     assert settings.port == 50051
     assert settings.decode_workers >= 1
     assert settings.max_receive_message_bytes > settings.max_image_bytes
+
+
+def test_sizes_follow_from_each_other_where_they_are_not_set() -> None:
+    settings = load_settings(max_batch_size=5, decode_workers=3)
+    assert settings.max_requests_per_peer == settings.max_concurrent_requests == 5 + 2 * 3
+
+
+def test_a_wrong_size_is_reported_once_and_not_for_the_sizes_that_follow_from_it() -> None:
+    with pytest.raises(ConfigurationError, match=r"^--max-batch-size is 0: [^;]*$"):
+        load_settings(max_batch_size=0)
 
 
 def test_every_field_is_described() -> None:
@@ -95,12 +105,7 @@ def test_listening_beyond_loopback_needs_an_explicit_flag(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_addresses_need_none(host: str) -> None:
-    assert is_loopback(host)
     assert load_settings(host=host).host == host
-
-
-def test_an_ipv6_address_is_bracketed() -> None:
-    assert load_settings(host="::1", port=7).address == "[::1]:7"
 
 
 def pem_files(directory: Path) -> dict[str, Path]:

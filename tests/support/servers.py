@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +58,39 @@ async def running(settings: ServerSettings) -> AsyncIterator[tuple[Server, grpc.
             yield server, channel
     finally:
         await server.stop(grace_seconds=0)
+
+
+@contextmanager
+def background_server(settings: ServerSettings) -> Iterator[str]:
+    """Runs a server on a thread of its own for the length of a ``with`` block.
+
+    Args:
+        settings: The settings.
+
+    Yields:
+        ``host:port`` of the server, which reports SERVING.
+
+    Raises:
+        GeoSurgeError: The server could not start; see `Server.start`.
+    """
+    ready: Future[str] = Future()
+    over = threading.Event()
+
+    async def run() -> None:
+        server = Server(settings)
+        try:
+            await server.start()
+        except BaseException as error:  # noqa: BLE001
+            ready.set_exception(error)
+            return
+        ready.set_result(server.address)
+        await asyncio.to_thread(over.wait)
+        await server.stop()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), name="geosurge-server")
+    thread.start()
+    try:
+        yield ready.result()
+    finally:
+        over.set()
+        thread.join()

@@ -17,11 +17,9 @@ import gc
 import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -30,6 +28,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from geosurge.addresses import is_loopback, join_address
 from geosurge.errors import ConfigurationError, GeoSurgeError, StageCrashedError
 from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions
@@ -45,7 +44,7 @@ from geosurge.server.security import AuthInterceptor, Tokens, server_credentials
 from geosurge.server.services import CellService, GeolocationService
 from geosurge.server.tracing import configure_tracing
 from geosurge.server.versions import Versions
-from geosurge.settings import ServerSettings, is_loopback, join_address, unknown_variables
+from geosurge.settings import ServerSettings, unknown_variables
 from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc, index_pb2, index_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -360,39 +359,3 @@ def _freeze_garbage_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-@contextmanager
-def background_server(settings: ServerSettings) -> Iterator[str]:
-    """Runs a server on a thread of its own for the length of a ``with`` block.
-
-    Args:
-        settings: The settings.
-
-    Yields:
-        ``host:port`` of the server, which reports SERVING.
-
-    Raises:
-        GeoSurgeError: The server could not start; see `Server.start`.
-    """
-    ready: Future[str] = Future()
-    over = threading.Event()
-
-    async def run() -> None:
-        server = Server(settings)
-        try:
-            await server.start()
-        except BaseException as error:  # noqa: BLE001
-            ready.set_exception(error)
-            return
-        ready.set_result(server.address)
-        await asyncio.to_thread(over.wait)
-        await server.stop()
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()), name="geosurge-server")
-    thread.start()
-    try:
-        yield ready.result()
-    finally:
-        over.set()
-        thread.join()

@@ -268,7 +268,7 @@ def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation
             max_region_tokens=MAX_REGION_TOKENS,
             max_batch_size=settings.max_batch_size,
             max_concurrent_requests=settings.max_concurrent_requests,
-            max_requests_per_peer=settings.max_requests_per_peer or settings.max_concurrent_requests,
+            max_requests_per_peer=settings.max_requests_per_peer,
             max_stream_items=settings.max_stream_items,
         ),
         default_beam_width=manifest.default_beam_width,

@@ -16,10 +16,10 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from support.bundles import make_bundle
-from support.servers import embedding, encoded_image, running, settings_for
+from support.servers import background_server, embedding, encoded_image, running, settings_for
 
 from geosurge.errors import BundleError, ConfigurationError, GeoSurgeError
-from geosurge.server.app import INDEX_SERVICE_NAME, SERVICE_NAMES, Server, background_server
+from geosurge.server.app import INDEX_SERVICE_NAME, SERVICE_NAMES, Server
 from geosurge.v1 import geolocation_pb2 as pb
 from geosurge.v1 import geolocation_pb2_grpc
 
