@@ -26,20 +26,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
@@ -47,13 +42,15 @@ from geosurge import store as stores
 from geosurge.bundle import ENCODER_DIRECTORY, read_manifest
 from geosurge.client import Client
 from geosurge.demo import default_views
-from geosurge.index_client import IndexClient
 from geosurge.manifest import Manifest
 from geosurge.settings import ServerSettings
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.processes import ServerProcess, index_client, server_process
+
 MB = 1e6
 FIRST, SECOND = "first", "second"
-_ANNOUNCED = re.compile(r"^serving .* on (\S+:\d+), monitoring on (\S+:\d+)$")
+STAGES = ("decode", "encode", "search")
 
 
 def manifest_sizes(manifest: Manifest) -> dict[str, float]:
@@ -68,92 +65,65 @@ def manifest_sizes(manifest: Manifest) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class Running:
-    """A server process, and where it listens."""
-
-    process: psutil.Process
-    address: str
-    metrics_address: str
-    scratch: Path
-
-    def resident_mb(self) -> float:
-        return float(self.process.memory_info().rss) / MB
-
-    def cpu_seconds(self) -> float:
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
-
-    def stage_seconds(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=30) as page:
-            families = text_string_to_metric_families(page.read().decode())
-        samples = [sample for family in families for sample in family.samples]
-        return {s.labels["stage"]: s.value for s in samples if s.name == "geosurge_stage_seconds_sum"}
-
-    def peak_resident_mb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024 / MB
-
-    def held_mb(self) -> float:
-        """Files of the scratch directory that are mapped, though they have no name any more."""
-        ends: dict[str, int] = {}
-        for line in Path(f"/proc/{self.process.pid}/maps").read_text().splitlines():
-            if str(self.scratch) in line:
-                addresses, _, offset, _, inode = line.split()[:5]
-                start, end = (int(address, 16) for address in addresses.split("-"))
-                ends[inode] = max(ends.get(inode, 0), int(offset, 16) + end - start)
-        return sum(ends.values()) / MB
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
-@contextmanager
-def running_server(store: Path, scratch: Path) -> Iterator[Running]:
-    command = [sys.executable, "-m", "geosurge.cli", "serve", "--index", str(store), "--scratch", str(scratch)]
-    command += ["--port", "0", "--metrics-port", "0", "--log-level", "warning"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            found = next((match for line in process.stderr if (match := _ANNOUNCED.match(line.rstrip()))), None)
-            if found is None:
-                raise SystemExit("the server did not start")
-            yield Running(psutil.Process(process.pid), found[1], found[2], scratch)
-        finally:
-            process.terminate()
-            process.communicate()
+def stage_seconds(server: ServerProcess) -> dict[str, float]:
+    return {stage: server.metric("geosurge_stage_seconds_sum", stage=stage) for stage in STAGES}
+
+
+def peak_resident_mb(process: psutil.Process) -> float:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024 / MB
+
+
+def held_mb(process: psutil.Process, scratch: Path) -> float:
+    """Files of the scratch directory that are mapped, though they have no name any more."""
+    ends: dict[str, int] = {}
+    for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+        if str(scratch) in line:
+            addresses, _, offset, _, inode = line.split()[:5]
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            ends[inode] = max(ends.get(inode, 0), int(offset, 16) + end - start)
+    return sum(ends.values()) / MB
 
 
 def measure(bundle: Path, images: int) -> dict[str, float]:
     """Runs the server; see the module."""
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        store, scratch = directory / "store", directory / "scratch"
-        scratch.mkdir()
+    settings = ServerSettings()
+    with tempfile.TemporaryDirectory() as directory:
+        store = Path(directory) / "store"
         for name in (FIRST, SECOND):
             stores.publish(store, bundle, name=name, verify=False, activate=name == FIRST)
-        server = stack.enter_context(running_server(store, scratch))
-        results = {
-            "resident_ready_mb": server.resident_mb(),
-            "scratch_held_mb": server.held_mb(),
-            "open_files": server.process.num_fds(),
-            "threads": server.process.num_threads(),
-        }
-        pictures = [path.read_bytes() for path in sorted(default_views().glob("*.jpg"))]
-        clients = ServerSettings().max_concurrent_requests
-        with Client(server.address) as client, ThreadPoolExecutor(clients) as pool:
-            before, cpu_before = server.stage_seconds(), server.cpu_seconds()
-            list(pool.map(client.locate, (pictures[number % len(pictures)] for number in range(images))))
-            cpu_seconds, after = server.cpu_seconds() - cpu_before, server.stage_seconds()
-        results["resident_busy_mb"] = server.peak_resident_mb()
-        results["cpu_ms_per_image"] = 1000 * cpu_seconds / images
-        for stage in ("decode", "encode", "search"):
-            results[f"{stage}_ms_per_image"] = 1000 * (after[stage] - before.get(stage, 0.0)) / images
-        with IndexClient(server.address) as administrator:
-            resident = server.resident_mb()
-            administrator.load(SECOND)
-            while administrator.version(SECOND).state == "loading":
-                time.sleep(0.05)
-            if administrator.version(SECOND).state != "ready":
-                raise SystemExit("the second version was not loaded")
-            results["second_version_mb"] = server.resident_mb() - resident
+        with server_process(
+            store, environment=os.environ, decode_workers=settings.decode_workers, log_level="warning"
+        ) as server:
+            process = psutil.Process(server.process.pid)
+            results = {
+                "resident_ready_mb": server.resident_bytes() / MB,
+                "scratch_held_mb": held_mb(process, server.scratch),
+                "open_files": process.num_fds(),
+                "threads": process.num_threads(),
+            }
+            pictures = [path.read_bytes() for path in sorted(default_views().glob("*.jpg"))]
+            with Client(server.address) as client, ThreadPoolExecutor(settings.max_concurrent_requests) as pool:
+                before, cpu_before = stage_seconds(server), cpu_seconds(process)
+                list(pool.map(client.locate, (pictures[number % len(pictures)] for number in range(images))))
+                cpu_after, after = cpu_seconds(process), stage_seconds(server)
+            results["resident_busy_mb"] = peak_resident_mb(process)
+            results["cpu_ms_per_image"] = 1000 * (cpu_after - cpu_before) / images
+            for stage in STAGES:
+                results[f"{stage}_ms_per_image"] = 1000 * (after[stage] - before[stage]) / images
+            resident = server.resident_bytes()
+            with index_client(server) as index:
+                index.load(SECOND)
+                while index.version(SECOND).state == "loading":
+                    time.sleep(0.05)
+                if index.version(SECOND).state != "ready":
+                    raise SystemExit("the second version was not loaded")
+            results["second_version_mb"] = (server.resident_bytes() - resident) / MB
     return results
 
 
