@@ -92,11 +92,13 @@ class ServerSettings(BaseSettings):
         description="Threads that decode images; by default one a usable core.",
     )
     max_concurrent_requests: int = Field(
-        default_factory=lambda sizes: sizes["max_batch_size"] + 2 * sizes["decode_workers"],
+        default_factory=lambda sizes: (
+            sizes["max_batch_size"] + max(sizes["max_batch_size"], 2 * sizes["decode_workers"])
+        ),
         ge=1,
         le=100_000,
-        description="Requests worked on or queued at once; by default a batch and two images a decoding thread. A "
-        "unary call beyond it is refused, a stream waits.",
+        description="Requests worked on or queued at once; by default a batch and the next one, or two images a "
+        "decoding thread where that is more. A unary call beyond it is refused, a stream waits.",
     )
     max_requests_per_peer: int = Field(
         default_factory=lambda sizes: sizes["max_concurrent_requests"],

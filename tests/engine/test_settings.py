@@ -30,6 +30,7 @@ def test_the_defaults_are_local_and_valid() -> None:
 def test_sizes_follow_from_each_other_where_they_are_not_set() -> None:
     settings = load_settings(max_batch_size=5, decode_workers=3)
     assert settings.max_requests_per_peer == settings.max_concurrent_requests == 5 + 2 * 3
+    assert load_settings(max_batch_size=32, decode_workers=3).max_concurrent_requests == 2 * 32
 
 
 def test_a_wrong_size_is_reported_once_and_not_for_the_sizes_that_follow_from_it() -> None:

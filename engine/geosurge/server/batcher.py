@@ -296,12 +296,12 @@ class Batcher:
             self._metrics.stage("decode", item.decode_ms / 1000)
             self._encode.put([item])
         else:
-            # Only looking up the cells of a region costs enough to leave the event loop for.
+            # What else can be wrong is found by the search; these two would cost its other items time, or an answer.
             if options.region_tokens:
                 await self.in_decoder(_validate, handle, options)
-            else:
-                handle.locator.validate_options(options)
-            item.embedding = handle.locator.normalise_embedding(query)
+            if len(query) != handle.locator.manifest.dimension:
+                handle.locator.normalise_embedding(query)
+            item.embedding = query
             self._search.put([item])
         location = await answer
         self._metrics.stage("queue", location.timings.queue_ms / 1000)

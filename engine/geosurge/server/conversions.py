@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ MAX_EMBEDDING_LENGTH = 65_536
 
 MAX_REQUEST_ID_LENGTH = 4096
 """Characters that a request id may have: it is echoed and logged, and may be a path."""
+
+_DEFAULT: Final = LocateOptions()
+_SEARCH_MODES: Final = frozenset(geolocation_pb2.SearchMode.values())
 
 
 def request_to_query(request: geolocation_pb2.LocateRequest) -> bytes | NDArray[np.float32]:
@@ -49,7 +53,7 @@ def message_to_options(message: geolocation_pb2.LocateOptions) -> LocateOptions:
     Raises:
         OptionOutOfRangeError: The search mode is not one that this engine knows, or the region has too many cells.
     """
-    if message.search_mode not in geolocation_pb2.SearchMode.values():
+    if message.search_mode not in _SEARCH_MODES:
         raise OptionOutOfRangeError(
             f"search_mode is {message.search_mode}, which this server does not know; use SEARCH_MODE_BEAM or "
             "SEARCH_MODE_EXACT"
@@ -59,12 +63,13 @@ def message_to_options(message: geolocation_pb2.LocateOptions) -> LocateOptions:
             f"region_tokens has {len(message.region_tokens)} cells, at most {MAX_REGION_TOKENS} are allowed; use "
             "larger cells"
         )
-    default = LocateOptions()
     return LocateOptions(
-        top_k=message.top_k if message.HasField("top_k") else default.top_k,
+        top_k=message.top_k if message.HasField("top_k") else _DEFAULT.top_k,
         beam_width=message.beam_width if message.HasField("beam_width") else None,
         exact=message.search_mode == geolocation_pb2.SEARCH_MODE_EXACT,
-        confidence_level=message.confidence_level if message.HasField("confidence_level") else default.confidence_level,
+        confidence_level=(
+            message.confidence_level if message.HasField("confidence_level") else _DEFAULT.confidence_level
+        ),
         h3_resolution=message.h3_resolution if message.HasField("h3_resolution") else None,
         region_tokens=tuple(message.region_tokens),
     )
