@@ -1,4 +1,4 @@
-"""What a server tells of itself and of its cells: plain frozen dataclasses, as the client returns them."""
+"""What a server tells about itself, its index versions and its cells: frozen dataclasses, as the clients return them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ServerInfo:
         max_region_tokens: Longest region filter.
         max_batch_size: Requests that are worked on together.
         max_concurrent_requests: Requests held at once.
-        max_requests_per_peer: Those of one client address.
+        max_requests_per_peer: Requests of one client address held at once.
         max_stream_items: Items of one stream.
         default_beam_width: Beam of a request that names none.
     """
@@ -107,14 +107,14 @@ class IndexVersion:
         name: Name of the bundle.
         state: ``loading``, ``ready``, ``active``, ``draining``, ``unloaded`` or ``failed``.
         failure: Why it could not be loaded, or what is wrong with it in the store.
-        load_step: What a load is doing.
-        load_progress: How far it is, 0 to 1.
+        load_step: What a load is doing; empty without one.
+        load_progress: Fraction of a load that is done, 0 to 1.
         request_count: Requests that are being answered from it.
-        memory_bytes: Estimate of what it takes.
-        canary_share: Share of the traffic that it gets as a canary.
-        state_time: When it got into its state.
-        create_time: When the bundle was built.
-        encoder_sha256: Its encoder.
+        memory_bytes: Estimate of the memory that it takes; 0 when it was never read.
+        canary_share: Share of the traffic that it gets as a canary, 0 to 1.
+        state_time: When it entered its state, UTC; ``None`` when nobody has asked for it.
+        create_time: When the bundle was built, UTC; ``None`` when its manifest cannot be read.
+        encoder_sha256: SHA-256 of its encoder; empty when it has none or was never read.
     """
 
     name: str

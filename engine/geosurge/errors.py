@@ -1,6 +1,6 @@
 """Every error that the engine raises on purpose.
 
-The tree has five groups, and each class carries what every caller needs to act on it:
+The tree has six groups, and each class carries what every caller needs to act on it:
 
 - ``grpc_code``: the name of the gRPC status code a server answers with;
 - ``reason``: a stable, machine-readable string (``google.rpc.ErrorInfo.reason`` on the wire, ``error.reason`` in JSON);
@@ -11,6 +11,7 @@ The tree has five groups, and each class carries what every caller needs to act 
 | `InputError` | one input cannot be answered; the next one can | 1 |
 | `UsageError` | a setting, a flag or a recipe is wrong | 2 |
 | `BundleError` | an index bundle or store cannot be used | 3 |
+| `EncoderError` | an encoder cannot be built or loaded | 3 |
 | `VersionError` | an index version cannot be loaded, activated or unloaded as asked | 3 |
 | `ServiceError` | the engine is busy, stopping or unreachable | 3 |
 
@@ -183,7 +184,7 @@ class ConfigurationError(UsageError):
 
 
 class CredentialsMissingError(UsageError):
-    """The server asks for a token and got none that it accepts."""
+    """The server asks for credentials, and the call came without any that it accepts."""
 
     grpc_code = "UNAUTHENTICATED"
     reason = "CREDENTIALS_MISSING"
@@ -196,7 +197,7 @@ class CredentialsInvalidError(CredentialsMissingError):
 
 
 class CredentialsExpiredError(CredentialsMissingError):
-    """The token was valid once."""
+    """The last day of the token has passed."""
 
     reason = "CREDENTIALS_EXPIRED"
 
@@ -276,7 +277,7 @@ class VersionError(GeoSurgeError):
 
 
 class VersionInUseError(VersionError):
-    """The version is the active one or the canary, and cannot be unloaded."""
+    """The version is active, about to be, or the canary: it cannot be unloaded, and an active one is no canary."""
 
     reason = "VERSION_IN_USE"
 
@@ -320,7 +321,7 @@ class OverloadedError(ServiceError):
 
 
 class PeerOverloadedError(OverloadedError):
-    """One caller holds as many permits as one may; others are served."""
+    """One client address holds as many permits as one may; others are served."""
 
     reason = "PEER_OVERLOADED"
 
@@ -339,7 +340,7 @@ class StageCrashedError(ServiceError):
 
 
 class StreamLimitError(ServiceError):
-    """The stream has had as many items as one may; another stream takes the rest."""
+    """The stream has had as many items as one may have; another stream takes the rest."""
 
     reason = "STREAM_LIMIT"
 
