@@ -1,4 +1,4 @@
-"""What a server tells about itself, its index versions and its cells: frozen dataclasses, as the clients return them."""
+"""What a server tells about itself, its index versions and its cells: frozen dataclasses that clients return."""
 
 from __future__ import annotations
 

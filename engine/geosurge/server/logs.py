@@ -89,7 +89,8 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(_fields(record) | line, default=str)
+        # A field cannot take the place of one of these keys, which come first.
+        return json.dumps(line | _fields(record) | line, default=str)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
