@@ -28,6 +28,38 @@ async def test_releasing_twice_gives_one_permit_back() -> None:
     assert admission.in_use == 1
 
 
+async def test_waiting_streams_leave_permits_to_unary_calls_and_get_back_what_those_have_taken_of_theirs() -> None:
+    admission = Admission(8)
+    assert admission.permits_for_streams == 6
+    streams = [await admission.wait() for _ in range(6)]
+    waiting = [asyncio.create_task(admission.wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    unary = [admission.take() for _ in range(2)]
+    with pytest.raises(OverloadedError):
+        admission.take()
+    unary.pop().release()
+    unary.append(admission.take())
+    streams.pop().release()
+    streams.append(await waiting[0])
+    assert not waiting[1].done()
+    for permit in streams:
+        permit.release()
+    streams = [await task for task in waiting[1:]]
+    unary += [admission.take() for _ in range(4)]
+    late = asyncio.create_task(admission.wait())
+    await asyncio.sleep(0)
+    unary.pop().release()
+    streams.append(await late)
+    for permit in [*unary, *streams]:
+        permit.release()
+    assert admission.in_use == 0
+
+
+@pytest.mark.parametrize(("permits", "for_streams"), [(1, 1), (2, 1), (3, 2), (4, 3), (64, 48)])
+def test_streams_may_hold_three_quarters_of_the_permits_and_at_least_one(permits: int, for_streams: int) -> None:
+    assert Admission(permits).permits_for_streams == for_streams
+
+
 async def test_waiters_are_served_in_order_and_before_those_who_do_not_wait() -> None:
     admission = Admission(1)
     held = admission.take()
@@ -48,27 +80,37 @@ async def test_waiters_are_served_in_order_and_before_those_who_do_not_wait() ->
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=30), st.integers(1, 3))
-def test_no_permit_is_lost_whoever_is_cancelled_whenever(callers: list[tuple[bool, int]], permits: int) -> None:
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 3)), max_size=30), st.integers(1, 5))
+def test_no_permit_is_lost_whoever_is_cancelled_whenever(callers: list[tuple[bool, bool, int]], permits: int) -> None:
     async def run() -> None:
         admission = Admission(permits)
+        held_by_streams = 0
 
-        async def call(steps: int) -> None:
-            with await admission.wait():
+        async def call(steps: int, *, of_stream: bool) -> None:
+            nonlocal held_by_streams
+            with await admission.wait() if of_stream else admission.take():
+                held_by_streams += of_stream
                 assert admission.in_use <= permits
-                for _ in range(steps):
-                    await asyncio.sleep(0)
+                assert held_by_streams <= admission.permits_for_streams
+                try:
+                    for _ in range(steps):
+                        await asyncio.sleep(0)
+                finally:
+                    held_by_streams -= of_stream
 
         tasks = []
-        for cancelled, steps in callers:
-            task = asyncio.create_task(call(steps))
+        for of_stream, cancelled, steps in callers:
+            task = asyncio.create_task(call(steps, of_stream=of_stream))
             tasks.append(task)
             for _ in range(steps):
                 await asyncio.sleep(0)
             if cancelled:
                 task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(end) for end in ends} <= {type(None), OverloadedError, asyncio.CancelledError}
         assert admission.in_use == 0
+        for _ in range(admission.permits_for_streams):
+            await asyncio.wait_for(admission.wait(), 1)
 
     asyncio.run(run())
 
