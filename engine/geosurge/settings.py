@@ -130,6 +130,13 @@ class ServerSettings(BaseSettings):
     torch_threads: int | None = Field(
         default=None, ge=1, le=256, description="Threads that the encoder computes with; by default PyTorch decides."
     )
+    max_stage_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        le=86_400,
+        description="Time after which a batch that is still being encoded or searched means that the server hangs; it "
+        "then ends itself.",
+    )
     drain_seconds: float = Field(
         default=0.0,
         ge=0,

@@ -80,6 +80,22 @@ ImageEncoder.encode = encode_when_let
 """
 """A prelude after which no image is encoded while there is a file HOLD_FILE."""
 
+FAILING_ENCODER = """
+import os
+from pathlib import Path
+from geosurge.encoder.model import ImageEncoder
+
+encode = ImageEncoder.encode
+
+def encode_or_fail(self, pixels):
+    if Path(os.environ["FAIL_FILE"]).exists():
+        raise RuntimeError("made to fail")
+    return encode(self, pixels)
+
+ImageEncoder.encode = encode_or_fail
+"""
+"""A prelude after which every batch of images fails while there is a file FAIL_FILE, as on a GPU that is lost."""
+
 CRASHING_STAGE = """
 import os
 from pathlib import Path

@@ -60,6 +60,8 @@ LIVENESS: Final = "liveness"
 """Name under which health answers SERVING as long as the process lives."""
 
 _HEARTBEAT_SECONDS: Final = 1.0
+_LAST_SECONDS: Final = 10.0
+"""Time that a server whose stage has crashed has after its grace, to free what it holds."""
 _HEARTBEATS_MISSED: Final = 10
 
 
@@ -192,12 +194,13 @@ class Server:
         grace = self.settings.grace_seconds if grace_seconds is None else grace_seconds
         drain = self.settings.drain_seconds if drain_seconds is None else drain_seconds
         self._is_warm = False
-        await self._health.enter_graceful_shutdown()
+        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         if self._servers:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._abandoned.wait(), drain)
             self._stopping.set()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        await self._health.enter_graceful_shutdown()
         await self._versions.close()
         await asyncio.to_thread(self._loader.stop)
         await self._batcher.stop()
@@ -278,6 +281,7 @@ class Server:
     async def _beat(self) -> None:
         while True:
             self._last_beat = time.monotonic()
+            self._batcher.check(self.settings.max_stage_seconds)
             await asyncio.sleep(_HEARTBEAT_SECONDS)
 
     def _is_alive(self) -> bool:
@@ -310,8 +314,9 @@ async def _serve(settings: ServerSettings, on_ready: Callable[[Server], None] | 
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    # Until there is a server, this signal's own effect would be to kill the process.
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)
+    # The version that is loaded first may be another one than the store names by the end of the start.
+    reload = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     _freeze_garbage_collector()
     server = Server(settings)
     start = asyncio.create_task(server.start())
@@ -333,22 +338,35 @@ async def _serve(settings: ServerSettings, on_ready: Callable[[Server], None] | 
         task.add_done_callback(follows.discard)
 
     loop.add_signal_handler(signal.SIGHUP, follow)
+    if reload.is_set():
+        follow()
     if on_ready is not None:
         on_ready(server)
     crashed = asyncio.create_task(server.crashed())
     await asyncio.wait({signalled, crashed}, return_when=asyncio.FIRST_COMPLETED)
     if crashed.done():
-        await server.stop(drain_seconds=0)
-        raise StageCrashedError(f"the stage {crashed.result()!r} crashed, see the log; start the server again")
-    crashed.cancel()
-    logger.info("stopping", extra={"signal": signalled.result().name})
-    stop = asyncio.create_task(server.stop())
-    again = asyncio.create_task(signals.get())
-    await asyncio.wait({stop, again}, return_when=asyncio.FIRST_COMPLETED)
+        stop = asyncio.create_task(server.stop(drain_seconds=0))
+    else:
+        logger.info("stopping", extra={"signal": signalled.result().name})
+        stop = asyncio.create_task(server.stop())
+        again = asyncio.create_task(signals.get())
+        await asyncio.wait({stop, again, crashed}, return_when=asyncio.FIRST_COMPLETED)
+        if again.done():
+            await server.abandon()
+        await asyncio.wait({stop, crashed}, return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+    if not crashed.done():
+        crashed.cancel()
+        await stop
+        return
+    failure = StageCrashedError(f"the stage {crashed.result()!r} crashed, see the log; start the server again")
+    await asyncio.wait({stop}, timeout=settings.grace_seconds + _LAST_SECONDS)
     if not stop.done():
-        await server.abandon()
-    await stop
-    again.cancel()
+        # A thread that hangs would keep the process, and the port with it, for ever.
+        logger.critical("%s", failure)
+        logging.shutdown()
+        os._exit(failure.exit_code)
+    raise failure
 
 
 def _freeze_garbage_collector() -> None:

@@ -12,8 +12,8 @@ ever waiting for more. What comes next is decoded and what came before is search
 
 A request that was cancelled, or whose deadline has passed, is left out when a batch is formed, and an answer that
 nobody waits for any more is dropped without touching the others. When work on a batch fails, its items fail, and the
-stage goes on with the next. When a stage itself ends, which must not happen, `Batcher.crashed` says so: the process has
-to end.
+stage goes on with the next. A stage that cannot work at all any more, or hangs, has crashed: `Batcher.crashed` says so,
+and the process has to end.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(eq=False)
 class _Item:
-    """One request on its way: canonical pixels to encode, or an embedding to search with."""
+    """One request on its way: an image, then its canonical pixels, then its embedding."""
 
     handle: VersionHandle
     options: LocateOptions
     answer: asyncio.Future[Location]
     deadline: float
     arrived_at: float
+    image: bytes | None = None
     decode_ms: float = 0.0
     encode_ms: float = 0.0
     encoder: ImageEncoder | None = None
@@ -108,10 +109,16 @@ class _Stage:
         self._queue: deque[_Item] = deque()
         self._calls: deque[_Call] = deque()
         self._stopping = False
+        self._busy_since = math.inf
         self._thread = threading.Thread(target=self._run, name=f"geosurge-{name}", daemon=True)
 
     def __len__(self) -> int:
         return len(self._queue)
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long it has worked on what it works on; 0 when it waits."""
+        return max(0.0, time.monotonic() - self._busy_since)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -185,6 +192,7 @@ class _Stage:
                 batch, expired = self._take_batch()
             else:
                 return False
+        self._busy_since = time.monotonic()
         if call:
             call.run()
         if expired:
@@ -195,6 +203,7 @@ class _Stage:
             except BaseException:
                 self._reject(batch, _crashed())
                 raise
+        self._busy_since = math.inf
         return True
 
     def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
@@ -255,9 +264,16 @@ class Batcher:
         self._search.start()
 
     async def crashed(self) -> str:
-        """Waits until a stage has ended without having been asked to, and names it."""
+        """Waits until a stage has ended without having been asked to, or hangs, and names it."""
         assert self._crashes is not None
         return await asyncio.shield(self._crashes)
+
+    def check(self, max_seconds: float) -> None:
+        """Counts a stage as crashed that has worked on one thing for longer than that."""
+        for stage in (self._encode, self._search):
+            if stage.busy_seconds > max_seconds and self._crashes is not None and not self._crashes.done():
+                logger.critical("stage hangs", extra={"stage": stage.name, "seconds": round(stage.busy_seconds, 1)})
+                self._crash(stage.name)
 
     async def stop(self) -> None:
         """Answers what is queued, then ends the threads; calling it again does nothing."""
@@ -291,8 +307,12 @@ class Batcher:
         answer: asyncio.Future[Location] = asyncio.get_running_loop().create_future()
         item = _Item(handle, options, answer, deadline, time.perf_counter())
         if isinstance(query, bytes):
-            item.encoder = handle.locator.encoder
-            item.pixels, item.decode_ms = await self.in_decoder(_decode, handle, query, options, deadline)
+            item.encoder, item.image = handle.locator.encoder, query
+            try:
+                item.pixels, item.decode_ms = await self.in_decoder(_decode, item)
+            finally:
+                # A caller that is gone leaves its place in the decoders' queue, but not its image.
+                item.image = None
             self._metrics.stage("decode", item.decode_ms / 1000)
             self._encode.put([item])
         else:
@@ -333,6 +353,7 @@ class Batcher:
             embeddings = batch[0].encoder.encode(pixels)
         except Exception:  # noqa: BLE001
             self._reject(batch, _failure("encode", batch))
+            _check_encoder(batch[0])
             return
         seconds = time.perf_counter() - begun
         self._metrics.stage("encode", seconds)
@@ -352,6 +373,7 @@ class Batcher:
                 outcomes = locator.locate_embeddings(embeddings, [item.options for item in batch])
         except Exception:  # noqa: BLE001
             self._reject(batch, _failure("search", batch))
+            _check_search(batch[0])
             return
         self._metrics.stage("search", time.perf_counter() - begun)
         self._metrics.batch("search", len(batch))
@@ -394,21 +416,33 @@ class Batcher:
             logger.warning("the event loop ended before everything was answered")
 
 
-def _decode(
-    handle: VersionHandle, data: bytes, options: LocateOptions, deadline: float
-) -> tuple[NDArray[np.uint8], float]:
-    if time.monotonic() >= deadline:
+def _decode(item: _Item) -> tuple[NDArray[np.uint8], float]:
+    image = item.image
+    if image is None or time.monotonic() >= item.deadline:
         raise _expired()
-    with handle.use() as locator:
-        locator.validate_options(options)
+    with item.handle.use() as locator:
+        locator.validate_options(item.options)
         begun = time.perf_counter()
-        pixels = locator.preprocess(data)
+        pixels = locator.preprocess(image)
     return pixels, 1000 * (time.perf_counter() - begun)
 
 
 def _validate(handle: VersionHandle, options: LocateOptions) -> None:
     with handle.use() as locator:
         locator.validate_options(options)
+
+
+def _check_encoder(item: _Item) -> None:
+    """After a failure: raises what the encoder raises for a black image, as it would for every batch to come."""
+    assert item.encoder is not None
+    assert item.pixels is not None
+    item.encoder.encode(np.zeros_like(item.pixels)[np.newaxis])
+
+
+def _check_search(item: _Item) -> None:
+    """After a failure: raises what the index raises for any query, as it would for every batch to come."""
+    with item.handle.use() as locator:
+        locator.locate_embeddings(np.ones((1, locator.manifest.dimension), np.float32), [LocateOptions()])
 
 
 def _failure(stage: str, batch: Sequence[_Item]) -> GeoSurgeError:

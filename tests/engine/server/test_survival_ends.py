@@ -13,10 +13,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.answers import expected_answers, question, questions, reason_of, same_answer
-from support.processes import CRASHING_STAGE, HELD_ENCODER, geolocation, server_process
+from support.bundles import make_bundle
+from support.processes import CRASHING_STAGE, FAILING_ENCODER, HELD_ENCODER, geolocation, server_process, wait_until
 from support.servers import embedding, encoded_image
 from support.traffic import load, open_channel
 
+from geosurge import store as stores
 from geosurge.v1 import geolocation_pb2 as pb
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -121,3 +123,60 @@ async def test_a_server_whose_stage_crashes_says_so_refuses_what_it_holds_and_en
     assert codes <= {"INTERNAL", "UNAVAILABLE", "CANCELLED", "stream:", "item:"}, log.failures
     assert any("the engine failed and is ending" in failure for failure in log.failures), log.failures
     assert log.inconsistent({"tiny": expected_answers(bundle, QUERIES)}) == 0
+
+
+async def test_a_server_that_can_encode_nothing_any_more_ends_itself(bundle: Path, tmp_path: Path) -> None:
+    fail = tmp_path / "fail"
+    with server_process(bundle, prelude=FAILING_ENCODER, environment={"FAIL_FILE": str(fail)}) as server:
+        async with open_channel(server.address) as channel:
+            watch = asyncio.create_task(health_changes(channel))
+            await geolocation(channel).Locate(question(encoded_image(1)), timeout=60)
+            fail.touch()
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await geolocation(channel).Locate(question(encoded_image(1)), timeout=60)
+            assert failed.value.code() is grpc.StatusCode.INTERNAL
+            assert await asyncio.to_thread(server.wait) > 0
+            assert await watch == [SERVING, NOT_SERVING]
+        assert "batch failed" in server.log
+        assert "stage crashed" in server.log
+
+
+async def test_a_server_whose_stage_hangs_ends_itself(bundle: Path, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    settings = {"max_stage_seconds": 2.0, "grace_seconds": 0.5}
+    with server_process(bundle, prelude=HELD_ENCODER, environment={"HOLD_FILE": str(hold)}, **settings) as server:
+        async with open_channel(server.address) as channel:
+            watch = asyncio.create_task(health_changes(channel))
+            await geolocation(channel).Locate(question(embedding(1)), timeout=60)
+            hold.touch()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await geolocation(channel).Locate(question(encoded_image(1)), timeout=60)
+            assert await asyncio.to_thread(server.wait) > 0
+            assert await watch == [SERVING, NOT_SERVING]
+        assert "stage hangs stage=encode" in server.log
+
+
+RELOADED_WHILE_STARTING = """
+import os, signal
+from pathlib import Path
+from geosurge import store
+from geosurge.server import app
+
+start = app.Versions.start
+
+async def start_and_reload(self):
+    handle = await start(self)
+    store.activate(Path(os.environ["STORE"]), "two")
+    os.kill(os.getpid(), signal.SIGHUP)
+    return handle
+
+app.Versions.start = start_and_reload
+"""
+
+
+def test_a_reload_that_is_asked_for_during_the_start_is_made(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for seed, name in enumerate(("one", "two")):
+        stores.publish(store, make_bundle(tmp_path / name, seed=seed, name=name), activate=name == "one")
+    with server_process(store, prelude=RELOADED_WHILE_STARTING, environment={"STORE": str(store)}) as server:
+        wait_until(lambda: "activated index_version=two previous_version=one" in server.log, "two is active")
