@@ -16,7 +16,7 @@ help:
 	@echo "make test-slow  the tests that need minutes or many gigabytes"
 	@echo "make lint       ruff and mypy"
 	@echo "make proto      regenerate engine/geosurge/v1 from proto/"
-	@echo "make benchmark  search speed against the dense product"
+	@echo "make benchmark  the search against the dense product, a server against the bare engine"
 	@echo "FAISS=gpu make ...  installs the GPU build of FAISS instead of the CPU one"
 
 $(INSTALLED): pyproject.toml
@@ -50,6 +50,7 @@ proto: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/search.py
+	$(BIN)/python tests/benchmarks/serving.py
 
 clean:
 	rm -rf $(VENV) build dist

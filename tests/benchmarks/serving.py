@@ -10,7 +10,7 @@ compare ratios, not runs. Reported are medians over the rounds.
   with the same images in this process in batches of the server's largest size.
 - ``added_latency_ms``: latency of a request that is alone, less the time of `Locator.locate` of one image.
 - ``embedding_queries_per_s``: embeddings answered in one stream.
-- ``swap`` (with ``--swap``): for a minute 16 clients ask without pause, for images and embeddings, while once a second
+- ``swap.*`` (with ``--swap``; in JSON both as an object and by these names): for a minute 16 clients ask without pause, for images and embeddings, while once a second
   the server loads and activates the other of two versions with one encoder, and unloads the one before.
   ``failed_calls`` counts calls without an answer and answers that are not wholly one version's; ``p99_ratio`` is the
   99th percentile of the latencies over that of the same clients before the swaps; ``memory_growth`` the part by which
@@ -142,12 +142,12 @@ def measure_swaps(index: Path) -> dict[str, Any]:
             store, names, CLIENTS, SWAP_SECONDS, quiet_seconds=QUIET_SECONDS, queries=[*images, *embeddings]
         )
     return {
-        "swap.failed_calls": report.failed_calls + report.inconsistent,
-        "swap.calls": report.calls,
-        "swap.swaps": report.swaps,
-        "swap.p99_ratio": report.p99_with_ms / report.p99_without_ms,
-        "swap.p99_ms": report.p99_with_ms,
-        "swap.memory_growth": report.rss_growth,
+        "failed_calls": report.failed_calls + report.inconsistent,
+        "calls": report.calls,
+        "swaps": report.swaps,
+        "p99_ratio": report.p99_with_ms / report.p99_without_ms,
+        "p99_ms": report.p99_with_ms,
+        "memory_growth": report.rss_growth,
     }
 
 
@@ -160,10 +160,10 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = stores.resolve_bundle(arguments.index)
     report = measure(bundle, arguments.rounds)
-    if arguments.swap:
-        report |= measure_swaps(bundle)
+    swap = measure_swaps(bundle) if arguments.swap else {}
+    report |= {f"swap.{name}": value for name, value in swap.items()}
     if arguments.json:
-        json.dump(report, sys.stdout)
+        json.dump(report | ({"swap": swap} if swap else {}), sys.stdout)
         print()
         return
     table = Table(show_header=False)
