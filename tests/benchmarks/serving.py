@@ -10,11 +10,11 @@ compare ratios, not runs. Reported are medians over the rounds.
   with the same images in this process in batches of the server's largest size.
 - ``added_latency_ms``: latency of a request that is alone, less the time of `Locator.locate` of one image.
 - ``embedding_queries_per_s``: embeddings answered in one stream.
-- ``swap.*`` (with ``--swap``; in JSON both as an object and by these names): for a minute 16 clients ask without pause, for images and embeddings, while once a second
-  the server loads and activates the other of two versions with one encoder, and unloads the one before.
-  ``failed_calls`` counts calls without an answer and answers that are not wholly one version's; ``p99_ratio`` is the
-  99th percentile of the latencies over that of the same clients before the swaps; ``memory_growth`` the part by which
-  the server's resident memory grew over the swaps after the first ten.
+- ``swap.*`` (with ``--swap``; in JSON both as an object and by these names): for a minute 16 clients ask without pause,
+  for images and embeddings, while once a second the server loads and activates the other of two versions with one
+  encoder, and unloads the one before. ``failed_calls`` counts calls without an answer and answers that are not wholly
+  one version's; ``p99_ratio`` is the 99th percentile of the latencies over that of the same clients before the swaps;
+  ``memory_growth`` the part by which the server's resident memory grew over the swaps after the first ten.
 
 Images are the sample views of `tests/data/views`.
 """
