@@ -34,14 +34,19 @@ TREE_FILE = "cells.lmdb/data.mdb"
 ENCODER_DIRECTORY = "encoder"
 GOLDEN_DIRECTORY = "golden"
 
+BUNDLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""What a bundle can be called: file systems have to hold the name with something around it."""
+
 _SELF_CHECK = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _UNSEALED = "0" * 64
 _LIBRARIES = ("geosurge", "faiss-cpu", "faiss-gpu", "lmdb", "numpy", "s2sphere", "safetensors", "torch", "transformers")
 
 
 def _check_bundle_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError("a bundle's name has letters, digits, '.', '_' and '-', and starts with a letter or digit")
+    if not BUNDLE_NAME.fullmatch(name):
+        raise ValueError(
+            "a bundle's name has letters, digits, '.', '_' and '-', at most 200, and starts with a letter or digit"
+        )
     return name
 
 

@@ -4,7 +4,7 @@
 |---|---|
 | ``<name>/`` | a bundle whose manifest has the same name |
 | ``CURRENT`` | name of the active bundle |
-| ``HISTORY`` | names of the bundles that were active before it, oldest first, a line each |
+| ``HISTORY`` | names of the last 100 bundles that were active before it, oldest first, a line each |
 | ``.publish-<name>-<pid>/`` | a bundle on its way in; what a killed publisher leaves is removed by the next one |
 | ``.publish.lock``, ``.activate.lock`` | held by a publisher, and by whoever moves ``CURRENT`` |
 
@@ -18,13 +18,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
-import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from geosurge.bundle import (
     MANIFEST_FILE,
@@ -45,19 +47,22 @@ from geosurge.errors import (
     BundlePartialError,
     StoreError,
 )
-from geosurge.manifest import render_manifest
+from geosurge.manifest import BUNDLE_NAME, render_manifest
 
 CURRENT_FILE = "CURRENT"
 HISTORY_FILE = "HISTORY"
 STORE_VARIABLE = "GEOSURGE_INDEX"
 """Environment variable with the default store or bundle."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED = (CURRENT_FILE, HISTORY_FILE)
 _TEMPORARY_PREFIX = ".publish-"
 _PUBLISH_LOCK = ".publish.lock"
 _ACTIVATE_LOCK = ".activate.lock"
 _COPY_BYTES = 1 << 20
+_HISTORY_LENGTH = 100
+_ACTIVATE_LOCK_SECONDS = 10.0
+"""What is done under this lock takes milliseconds, so whoever keeps it for longer is stuck."""
+_LOCK_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -153,8 +158,8 @@ def bundle_path(store: Path, name: str) -> Path:
         BundleNotFoundError: It has none of this name.
     """
     path = store / name
-    if not _NAME.fullmatch(name) or not path.is_dir():
-        raise BundleNotFoundError(f"the store {store} has no bundle {name!r}; list them: geosurge index list")
+    if not BUNDLE_NAME.fullmatch(name) or not path.is_dir():
+        raise BundleNotFoundError(f"the store {store} has no bundle {name[:200]!r}; list them: geosurge index list")
     return path
 
 
@@ -227,6 +232,15 @@ def activate(store: Path, name: str) -> None:
     _activate(store, name)
 
 
+def history(store: Path) -> list[str]:
+    """Names of the bundles that were active before, the newest first, each once.
+
+    Raises:
+        StoreError: ``HISTORY`` cannot be read.
+    """
+    return list(dict.fromkeys(reversed(_read_history(store))))
+
+
 def rollback_target(store: Path) -> str:
     """The bundle that `rollback` would go back to.
 
@@ -253,31 +267,31 @@ def rollback(store: Path, *, to: str | None = None) -> str:
         StoreError: There is none to go back to, or it is another one; ``CURRENT`` stays as it was.
     """
     _check_store(store)
-    with _locked(store / _ACTIVATE_LOCK):
-        name, history = _go_back(store)
+    with _locked(store / _ACTIVATE_LOCK, wait_seconds=_ACTIVATE_LOCK_SECONDS):
+        name, before = _go_back(store)
         if to not in (None, name):
             raise StoreError(f"the store {store} was changed meanwhile and goes back to {name!r} and not to {to!r} now")
         # CURRENT first: a rollback that is killed here leaves its target in the history, and the next one skips it.
         replace_file(store / CURRENT_FILE, f"{name}\n".encode())
-        _write_history(store, history)
+        _write_history(store, before)
         return name
 
 
 def _go_back(store: Path) -> tuple[str, list[str]]:
     """The usable bundle that was active last before the current one, and the history before it."""
     active = _current_if_readable(store)
-    history = _read_history(store)
-    while history:
-        name = history.pop()
+    names = _read_history(store)
+    while names:
+        name = names.pop()
         if name != active and _entry(store, name, active=False).problem is None:
-            return name, history
+            return name, names
     raise StoreError(f"no bundle of {store} was active before {active!r}; activate one by name")
 
 
 def _activate(store: Path, name: str) -> None:
     _check_store(store)
     _check_name(name, "a bundle cannot have")
-    with _locked(store / _ACTIVATE_LOCK):
+    with _locked(store / _ACTIVATE_LOCK, wait_seconds=_ACTIVATE_LOCK_SECONDS):
         path = bundle_path(store, name)
         _check_own_name(open_bundle(path).manifest, path)
         active = _current_if_readable(store)
@@ -375,10 +389,10 @@ def _check_store(store: Path) -> None:
 
 
 def _check_name(name: str, subject: str) -> str:
-    if not _NAME.fullmatch(name) or name.upper() in _RESERVED:
+    if not BUNDLE_NAME.fullmatch(name) or name.upper() in _RESERVED:
         raise StoreError(
-            f"{subject} the name {name!r}: names have letters, digits, '.', '_' and '-', start with a letter or digit, "
-            f"and are not {' or '.join(_RESERVED)}"
+            f"{subject} the name {name!r}: names have letters, digits, '.', '_' and '-', at most 200, start with a "
+            f"letter or digit, and are not {' or '.join(_RESERVED)}"
         )
     return name
 
@@ -390,16 +404,35 @@ def _read_history(store: Path) -> list[str]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{store / HISTORY_FILE} cannot be read: {error}; remove it") from error
-    return [line for line in lines if _NAME.fullmatch(line)]
+    return [line for line in lines if BUNDLE_NAME.fullmatch(line)]
 
 
 def _write_history(store: Path, names: list[str]) -> None:
-    replace_file(store / HISTORY_FILE, "".join(f"{name}\n" for name in names).encode())
+    replace_file(store / HISTORY_FILE, "".join(f"{name}\n" for name in names[-_HISTORY_LENGTH:]).encode())
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock that no other process or thread can hold; the system lets go of it when the holder dies."""
+def _locked(path: Path, *, wait_seconds: float = math.inf) -> Iterator[None]:
+    """Holds a lock that no other process or thread can hold; the system lets go of it when the holder dies.
+
+    Raises:
+        StoreError: Another one has held it for ``wait_seconds``.
+    """
     with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        deadline = time.monotonic() + wait_seconds
+        while not _try_lock(file):
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    f"another process has held {path} for {wait_seconds:.0f} s, so nothing was changed; end it "
+                    f"(fuser {path} names it), and try again"
+                )
+            time.sleep(_LOCK_POLL_SECONDS)
         yield
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
@@ -117,6 +118,34 @@ def test_activating_and_going_back(store: Path, sources: dict[str, Path]) -> Non
     with pytest.raises(StoreError, match=r"no bundle of .* was active before 'a'"):
         stores.rollback(store)
     assert active_bundle(store) == "a"
+
+
+def test_the_history_ends_and_names_each_bundle_once(store: Path) -> None:
+    for _ in range(60):
+        stores.activate(store, "b")
+        stores.activate(store, "a")
+    assert (store / "HISTORY").read_text().splitlines() == ["a", "b"] * 50
+    assert stores.history(store) == ["b", "a"]
+
+
+def test_a_stuck_holder_of_the_pointer_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_ACTIVATE_LOCK_SECONDS", 0.05)
+    with (store / ".activate.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match=r"another process has held .*\.activate\.lock"):
+            stores.activate(store, "b")
+        with pytest.raises(StoreError, match="another process"):
+            stores.rollback(store)
+    assert stores.current(store) == "a"
+    stores.activate(store, "b")
+
+
+def test_a_name_that_no_file_system_takes_is_refused(store: Path, sources: dict[str, Path]) -> None:
+    with pytest.raises(BundleNotFoundError, match="has no bundle"):
+        stores.bundle_path(store, "a" * 300)
+    with pytest.raises(StoreError, match="at most 200"):
+        stores.publish(store, sources["c"], name="a" * 201)
+    assert stores.publish(store, sources["c"], name="a" * 200) == "a" * 200
 
 
 def test_going_back_skips_what_cannot_be_opened(store: Path, sources: dict[str, Path]) -> None:
