@@ -294,6 +294,12 @@ class VersionDoesNotFitError(VersionError):
     reason = "VERSION_DOES_NOT_FIT"
 
 
+class LoadImpossibleError(VersionError):
+    """The machine lets the server load no version: its scratch directory or its open files are at fault, no bundle."""
+
+    reason = "LOAD_IMPOSSIBLE"
+
+
 class LoadSupersededError(VersionError):
     """A load gave up because a newer request wants something else."""
 
@@ -346,7 +352,7 @@ class StreamLimitError(ServiceError):
 
 
 class MessageTooLargeError(ServiceError):
-    """A message is over the transport's limit."""
+    """A message is larger than the server reads, or the transport carries."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
     reason = "MESSAGE_TOO_LARGE"

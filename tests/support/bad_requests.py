@@ -64,6 +64,7 @@ BAD_REQUESTS: dict[str, tuple[pb.LocateRequest, str, grpc.StatusCode]] = {
     "too many regions": (with_options(region_tokens=["1"] * 1001), "OPTION_OUT_OF_RANGE", INVALID),
     "empty region": (with_options(region_tokens=["8888888888888889"]), "REGION_EMPTY", INVALID),
     "long request id": (pb.LocateRequest(request_id="x" * 5000, image=b"a"), "OPTION_OUT_OF_RANGE", INVALID),
+    "endless version": (with_options(index_version="x" * 256), "OPTION_OUT_OF_RANGE", INVALID),
     "unknown version": (with_options(index_version="nope"), "INDEX_VERSION_UNKNOWN", NOT_FOUND),
 }
 

@@ -22,6 +22,9 @@ MAX_EMBEDDING_LENGTH = 65_536
 MAX_REQUEST_ID_LENGTH = 4096
 """Characters that a request id may have: it is echoed and logged, and may be a path."""
 
+MAX_VERSION_NAME_LENGTH = 255
+"""Characters that the name of an index version may have: it is the name of a directory."""
+
 _DEFAULT: Final = LocateOptions()
 _SEARCH_MODES: Final = frozenset(geolocation_pb2.SearchMode.values())
 
@@ -90,6 +93,19 @@ def check_request_id(request_id: str) -> None:
         raise OptionOutOfRangeError(
             f"request_id has {len(request_id)} characters, at most {MAX_REQUEST_ID_LENGTH} are allowed"
         )
+
+
+def check_version_name(name: str) -> str:
+    """Returns the name of an index version, unless no version can have it.
+
+    Raises:
+        OptionOutOfRangeError: It has more than `MAX_VERSION_NAME_LENGTH` characters.
+    """
+    if len(name) > MAX_VERSION_NAME_LENGTH:
+        raise OptionOutOfRangeError(
+            f"the name of the index version has {len(name)} characters, at most {MAX_VERSION_NAME_LENGTH} are allowed"
+        )
+    return name
 
 
 def exception_to_error(exception: Exception) -> GeoSurgeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from geosurge.errors import OptionOutOfRangeError
+from geosurge.server.conversions import check_version_name
 from geosurge.server.interceptors import current_call
 from geosurge.server.versions import Versions, VersionState, VersionStatus
 from geosurge.v1 import index_pb2, index_pb2_grpc
@@ -84,9 +85,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         context: Any,  # noqa: ANN401, ARG002
     ) -> index_pb2.SetCanaryResponse:
         """Starts, changes or ends a canary."""
-        if request.name:
-            current_call().index_version = request.name
-        status = self._versions.set_canary(request.name, request.share)
+        name = _name(request.name) if request.name else ""
+        status = self._versions.set_canary(name, request.share)
         return index_pb2.SetCanaryResponse(version=None if status is None else status_message(status))
 
 
@@ -113,5 +113,5 @@ def status_message(status: VersionStatus) -> index_pb2.IndexVersion:
 def _name(name: str) -> str:
     if not name:
         raise OptionOutOfRangeError("the request names no version; set name")
-    current_call().index_version = name
+    current_call().index_version = check_version_name(name)
     return name

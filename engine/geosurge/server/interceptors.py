@@ -23,9 +23,10 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from geosurge.errors import GeoSurgeError, InputError
+from geosurge.errors import GeoSurgeError, InputError, MessageTooLargeError
 from geosurge.server import tracing
 from geosurge.server.conversions import exception_to_error
+from geosurge.server.message_size import check_message_size
 from geosurge.server.metrics import METHODS, OTHER, Metrics
 from geosurge.v1 import geolocation_pb2
 from geosurge.wire import error_to_status
@@ -82,10 +83,10 @@ def current_call() -> CallRecord:
 
 
 @dataclass(frozen=True)
-class _Malformed:
-    """Stands for a request that is not a message of the expected type."""
+class _Unreadable:
+    """Stands for a request that is too large, or not a message of the expected type."""
 
-    detail: str
+    error: GeoSurgeError
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -118,12 +119,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
                 _guarded_unary(handler.unary_unary, method, self.metrics),
-                request_deserializer=_tolerant(handler.request_deserializer),
+                request_deserializer=_tolerant(handler.request_deserializer, method),
                 response_serializer=handler.response_serializer,
             )
         return grpc.stream_stream_rpc_method_handler(
             _guarded_stream(handler.stream_stream, method, self.metrics),
-            request_deserializer=_tolerant(handler.request_deserializer),
+            request_deserializer=_tolerant(handler.request_deserializer, method),
             response_serializer=handler.response_serializer,
         )
 
@@ -253,22 +254,27 @@ def _span_attributes(call: CallRecord, code: str) -> dict[str, str | int]:
     }
 
 
-def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Lets a malformed request reach the handler: gRPC itself would answer UNKNOWN and quote the parser."""
+def _tolerant(deserialize: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
+    """Lets an unreadable request reach the handler: gRPC itself would answer UNKNOWN and quote the parser."""
 
     def parse(data: bytes) -> Any:  # noqa: ANN401
         try:
+            check_message_size(method, data)
             return deserialize(data)
+        except MessageTooLargeError as error:
+            return _Unreadable(error)
         except DecodeError as error:
-            return _Malformed(str(error))
+            return _Unreadable(
+                InputError(
+                    "the request is not a protobuf message of the method's type; generate the client from this "
+                    f"version's .proto files ({error})"
+                )
+            )
 
     return parse
 
 
 def _checked(request: Any) -> Any:  # noqa: ANN401
-    if isinstance(request, _Malformed):
-        raise InputError(
-            "the request is not a protobuf message of the method's type; generate the client from this "
-            f"version's .proto files ({request.detail})"
-        )
+    if isinstance(request, _Unreadable):
+        raise request.error
     return request

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import geosurge
 from geosurge.cells import CellTree
@@ -26,6 +26,7 @@ from geosurge.server.admission import Admission, Permit
 from geosurge.server.batcher import Batcher
 from geosurge.server.conversions import (
     check_request_id,
+    check_version_name,
     exception_to_error,
     message_to_options,
     request_to_id,
@@ -36,6 +37,9 @@ from geosurge.server.versions import VersionHandle, Versions
 from geosurge.settings import ServerSettings
 from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc
 from geosurge.wire import error_to_status, location_to_response
+
+_MAX_PAGE_TOKEN_LENGTH: Final = 4096
+"""More than any that the server issues: a version's name, a cell's token and two numbers."""
 
 _Result = TypeVar("_Result")
 
@@ -118,7 +122,7 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         check_request_id(request_id)
         options = message_to_options(request.options)
         query = request_to_query(request)
-        with self._versions.acquire(request.options.index_version, request_id) as handle:
+        with self._versions.acquire(check_version_name(request.options.index_version), request_id) as handle:
             current_call().index_version = handle.name
             location = await self._batcher.locate(handle, query, options, deadline=deadline)
         return location_to_response(location, request_id)
@@ -239,7 +243,8 @@ class CellService(cell_pb2_grpc.CellServiceServicer):
         version: str,
         look_up: Callable[[CellTree], _Result],
     ) -> tuple[_Result, str]:
-        with self._admission.take(peer_address(context)), self._versions.acquire(version) as handle:
+        name = check_version_name(version)
+        with self._admission.take(peer_address(context)), self._versions.acquire(name) as handle:
             current_call().index_version = handle.name
             return await self._batcher.in_decoder(_look_up, handle, look_up), handle.name
 
@@ -321,6 +326,8 @@ def _read_page_token(request: cell_pb2.ListChildrenRequest) -> tuple[int, str]:
     """Where a page starts, and the version it is read from: that of the first page, so that pages fit together."""
     if not request.page_token:
         return 0, request.index_version
+    if len(request.page_token) > _MAX_PAGE_TOKEN_LENGTH:
+        raise _page_error()
     try:
         version, *listing, start = json.loads(base64.b64decode(request.page_token, altchars=b"-_", validate=True))
     except (binascii.Error, ValueError, TypeError, RecursionError) as error:

@@ -31,10 +31,12 @@ class CellServiceStub(object):
     | status              | reason                                                             |
     |---------------------|--------------------------------------------------------------------|
     | INVALID_ARGUMENT    | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID,         |
+    |                     | OPTION_OUT_OF_RANGE (a name of more than 255 characters),          |
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
-    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo)                  |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo),                 |
+    |                     | MESSAGE_TOO_LARGE (more than 1 MiB)                                |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """
@@ -68,10 +70,12 @@ class CellServiceServicer(object):
     | status              | reason                                                             |
     |---------------------|--------------------------------------------------------------------|
     | INVALID_ARGUMENT    | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID,         |
+    |                     | OPTION_OUT_OF_RANGE (a name of more than 255 characters),          |
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
-    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo)                  |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo),                 |
+    |                     | MESSAGE_TOO_LARGE (more than 1 MiB)                                |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """
@@ -129,10 +133,12 @@ class CellService(object):
     | status              | reason                                                             |
     |---------------------|--------------------------------------------------------------------|
     | INVALID_ARGUMENT    | LEVEL_OUT_OF_RANGE, COORDINATE_OUT_OF_RANGE, PAGE_INVALID,         |
+    |                     | OPTION_OUT_OF_RANGE (a name of more than 255 characters),          |
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
     | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
-    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo)                  |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo),                 |
+    |                     | MESSAGE_TOO_LARGE (more than 1 MiB)                                |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
     | INTERNAL            | INTERNAL                                                           |
     """

@@ -39,7 +39,8 @@ class GeolocationServiceStub(object):
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo)         |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo),        |
+    |                     | MESSAGE_TOO_LARGE (more than 1 MiB besides the image; ends a stream) |
     | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
     | UNAVAILABLE         | SHUTTING_DOWN, STREAM_LIMIT, NO_ACTIVE_VERSION (while a version is   |
     |                     | exchanged for one that does not fit beside it)                       |
@@ -89,7 +90,8 @@ class GeolocationServiceServicer(object):
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo)         |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo),        |
+    |                     | MESSAGE_TOO_LARGE (more than 1 MiB besides the image; ends a stream) |
     | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
     | UNAVAILABLE         | SHUTTING_DOWN, STREAM_LIMIT, NO_ACTIVE_VERSION (while a version is   |
     |                     | exchanged for one that does not fit beside it)                       |
@@ -163,7 +165,8 @@ class GeolocationService(object):
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
-    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo)         |
+    | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with google.rpc.RetryInfo),        |
+    |                     | MESSAGE_TOO_LARGE (more than 1 MiB besides the image; ends a stream) |
     | DEADLINE_EXCEEDED   | DEADLINE_EXCEEDED                                                    |
     | UNAVAILABLE         | SHUTTING_DOWN, STREAM_LIMIT, NO_ACTIVE_VERSION (while a version is   |
     |                     | exchanged for one that does not fit beside it)                       |

@@ -37,7 +37,9 @@ class IndexServiceStub(object):
     |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
     |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
     |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
-    | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name), INPUT_INVALID                    |
+    | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name, one of more than 255 characters), |
+    |                     | INPUT_INVALID                                                                           |
+    | RESOURCE_EXHAUSTED  | MESSAGE_TOO_LARGE (more than 1 MiB)                                                     |
     | ABORTED             | LOAD_SUPERSEDED (a newer request made this load give up)                                |
     | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING, CREDENTIALS_INVALID,  |
     | PERMISSION_DENIED   | CREDENTIALS_EXPIRED, PERMISSION_DENIED                                                  |
@@ -100,7 +102,9 @@ class IndexServiceServicer(object):
     |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
     |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
     |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
-    | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name), INPUT_INVALID                    |
+    | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name, one of more than 255 characters), |
+    |                     | INPUT_INVALID                                                                           |
+    | RESOURCE_EXHAUSTED  | MESSAGE_TOO_LARGE (more than 1 MiB)                                                     |
     | ABORTED             | LOAD_SUPERSEDED (a newer request made this load give up)                                |
     | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING, CREDENTIALS_INVALID,  |
     | PERMISSION_DENIED   | CREDENTIALS_EXPIRED, PERMISSION_DENIED                                                  |
@@ -217,7 +221,9 @@ class IndexService(object):
     |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
     |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
     |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
-    | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name), INPUT_INVALID                    |
+    | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name, one of more than 255 characters), |
+    |                     | INPUT_INVALID                                                                           |
+    | RESOURCE_EXHAUSTED  | MESSAGE_TOO_LARGE (more than 1 MiB)                                                     |
     | ABORTED             | LOAD_SUPERSEDED (a newer request made this load give up)                                |
     | UNAUTHENTICATED,    | credentials, where the server asks for them: CREDENTIALS_MISSING, CREDENTIALS_INVALID,  |
     | PERMISSION_DENIED   | CREDENTIALS_EXPIRED, PERMISSION_DENIED                                                  |

@@ -11,7 +11,9 @@ from geosurge.errors import GeoSurgeError, ImageEmptyError, OptionOutOfRangeErro
 from geosurge.location import LocateOptions
 from geosurge.server.conversions import (
     MAX_REQUEST_ID_LENGTH,
+    MAX_VERSION_NAME_LENGTH,
     check_request_id,
+    check_version_name,
     exception_to_error,
     message_to_options,
     request_to_id,
@@ -78,6 +80,12 @@ def test_ids_are_echoed_or_made_and_bounded() -> None:
     check_request_id("x" * MAX_REQUEST_ID_LENGTH)
     with pytest.raises(OptionOutOfRangeError, match="4097 characters"):
         check_request_id("x" * (MAX_REQUEST_ID_LENGTH + 1))
+
+
+def test_the_name_of_a_version_is_bounded() -> None:
+    assert check_version_name("x" * MAX_VERSION_NAME_LENGTH) == "x" * MAX_VERSION_NAME_LENGTH
+    with pytest.raises(OptionOutOfRangeError, match="256 characters, at most 255"):
+        check_version_name("x" * (MAX_VERSION_NAME_LENGTH + 1))
 
 
 def test_an_unexpected_exception_leaves_only_its_log_id(caplog: pytest.LogCaptureFixture) -> None:

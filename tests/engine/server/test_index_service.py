@@ -127,6 +127,8 @@ async def test_what_cannot_be_done_is_refused_with_its_reason(channel: grpc.aio.
     level.write_bytes(level.read_bytes()[:-1] + b"x")
     for call, expected in (
         (stub.GetVersion(index.GetVersionRequest()), (Code.INVALID_ARGUMENT, "OPTION_OUT_OF_RANGE")),
+        (stub.GetVersion(index.GetVersionRequest(name="x" * 256)), (Code.INVALID_ARGUMENT, "OPTION_OUT_OF_RANGE")),
+        (stub.SetCanary(index.SetCanaryRequest(name="x" * 256)), (Code.INVALID_ARGUMENT, "OPTION_OUT_OF_RANGE")),
         (stub.LoadVersion(index.LoadVersionRequest(name="c")), (Code.NOT_FOUND, "BUNDLE_NOT_FOUND")),
         (stub.UnloadVersion(index.UnloadVersionRequest(name="a")), (Code.FAILED_PRECONDITION, "VERSION_IN_USE")),
         (stub.SetCanary(index.SetCanaryRequest(name="b")), (Code.FAILED_PRECONDITION, "VERSION_NOT_LOADED")),

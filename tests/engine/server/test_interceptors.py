@@ -93,6 +93,23 @@ async def test_items_before_a_malformed_one_are_answered(live: Live) -> None:
         await call.read()
 
 
+async def test_what_is_too_large_to_be_parsed_is_refused_and_items_before_it_are_answered(live: Live) -> None:
+    large = pb.LocateRequest(request_id="a", options=pb.LocateOptions(region_tokens=[""] * 530_000))
+    good = pb.LocateStreamRequest(request=pb.LocateRequest(request_id="a", image=encoded_image(1)))
+    with pytest.raises(grpc.aio.AioRpcError) as unary:
+        await live[1].unary_unary(LOCATE)(large.SerializeToString())
+    items = [good.SerializeToString(), pb.LocateStreamRequest(request=large).SerializeToString()]
+    call = live[1].stream_stream(LOCATE_STREAM)(iter(items))
+    assert pb.LocateStreamResponse.FromString(await call.read()).response.request_id == "a"
+    with pytest.raises(grpc.aio.AioRpcError) as stream:
+        await call.read()
+    with pytest.raises(grpc.aio.AioRpcError) as other:
+        await live[1].unary_unary("/geosurge.v1.CellService/GetCell")(bytes(1_100_000))
+    for failure in (unary.value, stream.value, other.value):
+        assert failure.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error_of(failure).reason == "MESSAGE_TOO_LARGE"  # type: ignore[attr-defined]
+
+
 async def test_an_unexpected_failure_is_internal_and_keeps_its_trace_on_the_server(
     live: Live, caplog: pytest.LogCaptureFixture
 ) -> None:

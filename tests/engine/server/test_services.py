@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -275,6 +276,28 @@ async def test_listing_children_page_by_page_walks_the_whole_tree(live: Live, bu
 async def test_a_page_token_of_ones_own_making_is_refused(live: Live, token: str) -> None:
     async with refused(INVALID, "PAGE_INVALID"):
         await cells(live[1]).ListChildren(cell_pb2.ListChildrenRequest(page_token=token))
+
+
+async def test_a_page_token_of_any_length_is_refused_unread(live: Live) -> None:
+    stub = cells(live[1])
+    first = await stub.ListChildren(cell_pb2.ListChildrenRequest(page_size=1))
+    # The token that was issued, with spaces that JSON allows.
+    padded = base64.urlsafe_b64encode(b" " * 3072 + base64.urlsafe_b64decode(first.next_page_token)).decode()
+    for token in (padded, base64.urlsafe_b64encode(b"[" + b"{}," * 100_000 + b"1]").decode()):
+        async with refused(INVALID, "PAGE_INVALID"):
+            await stub.ListChildren(cell_pb2.ListChildrenRequest(page_size=1, page_token=token))
+
+
+async def test_a_name_that_no_version_can_have_is_refused(live: Live) -> None:
+    name = "x" * 256
+    coordinate = cell_pb2.Coordinate()
+    for call in (
+        cells(live[1]).ListChildren(cell_pb2.ListChildrenRequest(index_version=name)),
+        cells(live[1]).GetCell(cell_pb2.GetCellRequest(token="1", index_version=name)),
+        cells(live[1]).GetPath(cell_pb2.GetPathRequest(coordinate=coordinate, index_version=name)),
+    ):
+        async with refused(INVALID, "OPTION_OUT_OF_RANGE"):
+            await call
 
 
 async def test_a_page_token_belongs_to_its_listing(live: Live) -> None:
