@@ -37,6 +37,7 @@ from geosurge.bundle import MANIFEST_FILE, read_manifest
 from geosurge.errors import (
     BundleError,
     BundleNotFoundError,
+    EncoderError,
     GeoSurgeError,
     IndexVersionUnknownError,
     LoadSupersededError,
@@ -134,33 +135,39 @@ class Needs:
 
 
 class LoadProgress:
-    """A load that is under way, shared by its thread and the event loop."""
+    """A load that is under way, shared by its thread and the event loop.
 
-    def __init__(self) -> None:
+    Attributes:
+        unload_first: Whether the active version may be unloaded to make room for it.
+        step: What is being done.
+        fraction: Fraction of the whole load that is done, 0 to 1.
+    """
+
+    def __init__(self, *, unload_first: bool = False) -> None:
+        self.unload_first = unload_first
         self.step = "waiting"
         self.fraction = 0.0
-        self._reason = ""
-        self._given_up = threading.Event()
+        self._end: GeoSurgeError | None = None
 
     @property
     def is_given_up(self) -> bool:
         """Whether nobody wants the load any more."""
-        return self._given_up.is_set()
+        return self._end is not None
 
-    def give_up(self, reason: str) -> None:
-        """Makes the load end with `LoadSupersededError` at its next step."""
-        self._reason = reason
-        self._given_up.set()
+    def give_up(self, end: GeoSurgeError) -> None:
+        """Makes the load end with this error at its next step."""
+        self._end = end
 
     def report(self, step: str, fraction: float) -> None:
         """Reports the current step, and the fraction of the whole load that is done, 0 to 1.
 
         Raises:
             LoadSupersededError: Nobody wants the load any more.
+            ShuttingDownError: The server is stopping.
         """
         self.step, self.fraction = step, fraction
-        if self._given_up.is_set():
-            raise LoadSupersededError(f"the load gave up: {self._reason}; ask again if it is still wanted")
+        if self._end is not None:
+            raise self._end
 
 
 class VersionLoader(Protocol):
@@ -315,7 +322,7 @@ class _Version:
         self.state, self.state_time = state, datetime.now(UTC)
 
 
-_LoadTask: TypeAlias = asyncio.Task[_Version | None]
+_LoadTask: TypeAlias = asyncio.Task[None]
 
 
 class Versions:
@@ -351,6 +358,8 @@ class Versions:
         self._on_change = on_change
         self._versions: dict[str, _Version] = {}
         self._active: _Version | None = None
+        # Nothing is active while it is exchanged for another; should that fail, it is brought back.
+        self._exchanged: _Version | None = None
         self._canary: tuple[_Version, float] | None = None
         self._loading: tuple[_Version, _LoadTask] | None = None
         self._pointer_lock = asyncio.Lock()
@@ -381,7 +390,8 @@ class Versions:
         """All versions that requests may name."""
         return tuple(
             version.handle
-            for version in self._versions.values()
+            # In one step: the metrics are read on another thread.
+            for version in list(self._versions.values())
             if version.handle is not None and version.state in LOADED_STATES
         )
 
@@ -447,12 +457,19 @@ class Versions:
     async def start(self) -> VersionHandle:
         """Loads and activates what the source says is active.
 
+        Where that cannot be used, a version that was active before serves. The store's pointer stays, so that the next
+        start tries again what it names.
+
         Raises:
-            BundleError: The bundle cannot be used.
-            StoreError: The store's pointer is damaged.
-            EncoderError: The encoder cannot be loaded.
+            BundleError: Neither that bundle nor any that was active before can be used; this is why that one cannot.
+            StoreError: As above, when the store's pointer is damaged.
+            EncoderError: As above, when the encoder cannot be loaded.
         """
-        await self._switch(self._current(), lambda: None, kind="start")
+        try:
+            await self._switch(self._current(), lambda: None, kind="start")
+        except (BundleError, EncoderError) as error:
+            if not await self._start_with_an_older_one(error):
+                raise
         return self.active
 
     def load(self, name: str) -> VersionStatus:
@@ -522,7 +539,7 @@ class Versions:
         if self._canary is not None and version is self._canary[0]:
             raise VersionInUseError(f"version {name!r} is the canary; end the canary first")
         if version.progress is not None:
-            version.progress.give_up("it was asked to be unloaded")
+            version.progress.give_up(_superseded("it was asked to be unloaded"))
         if version.state is VersionState.READY:
             self._drain(version)
         return self.status(name)
@@ -552,15 +569,18 @@ class Versions:
         self._canary = (version, share)
         return self.status(name)
 
+    def give_up(self) -> None:
+        """Ends loads under way and refuses every further change; what is loaded goes on answering."""
+        self._closing = True
+        for version in self._versions.values():
+            if version.progress is not None:
+                version.progress.give_up(_shutting_down())
+
     async def close(self) -> None:
         """Gives up loads, waits until no request uses any version, and frees all."""
-        self._closing = True
+        self.give_up()
         if self._loading is not None:
-            version, loading = self._loading
-            if version.progress is not None:
-                version.progress.give_up("the server is stopping")
-            await asyncio.wait([loading])
-        self._canary = None
+            await asyncio.wait([self._loading[1]])
         self._active = None
         for version in list(self._versions.values()):
             if version.state in LOADED_STATES:
@@ -586,12 +606,12 @@ class Versions:
     def _request(self, name: str) -> None:
         """Records a request for a version, and makes a load for an older request give up."""
         if self._closing:
-            raise ShuttingDownError("the server is stopping")
+            raise _shutting_down()
         self._path(name)
         if self._loading is not None:
             other = self._loading[0]
             if other.name != name and other.progress is not None:
-                other.progress.give_up(f"version {name!r} was asked for after it")
+                other.progress.give_up(_superseded(f"version {name!r} was asked for after it"))
         version = self._versions.setdefault(name, _Version(name))
         version.last_requested = next(self._request_numbers)
 
@@ -600,14 +620,16 @@ class Versions:
         version = self._versions[name]
         if version.state in LOADED_STATES:
             return None
-        is_under_way = version.progress is not None and not version.progress.is_given_up
-        if is_under_way and self._loading is not None and self._loading[0] is version:
-            return self._loading[1]
+        if self._loading is not None and self._loading[0] is version:
+            progress = version.progress
+            if progress is not None and not progress.is_given_up:
+                progress.unload_first |= unload_first
+                return self._loading[1]
         previous = None if self._loading is None else self._loading[1]
-        version.progress, version.failure = LoadProgress(), None
+        version.progress, version.failure = LoadProgress(unload_first=unload_first), None
         if version.state is not VersionState.DRAINING:
             version.enter(VersionState.LOADING)
-        task = self._track(self._load(version, version.progress, previous, unload_first=unload_first))
+        task = self._track(self._load(version, version.progress, previous))
         self._loading = (version, task)
         return task
 
@@ -620,12 +642,9 @@ class Versions:
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return task
 
-    async def _load(
-        self, version: _Version, progress: LoadProgress, previous: _LoadTask | None, *, unload_first: bool
-    ) -> _Version | None:
-        """Loads a version; returns the version that was active if that had to be unloaded for it."""
+    async def _load(self, version: _Version, progress: LoadProgress, previous: _LoadTask | None) -> None:
+        """Loads a version after the load before it has ended; brings the active one back if it left in vain."""
         begun = time.perf_counter()
-        replaced: _Version | None = None
         failure: GeoSurgeError | None = None
         try:
             if previous is not None:
@@ -634,24 +653,21 @@ class Versions:
                 await asyncio.wait([version.drain])
             if version.state in LOADED_STATES:
                 # The load before this one was asked to give up too late, or brought this version back.
-                return None
+                return
             version.enter(VersionState.LOADING)
-            replaced = await self._make_room(version, progress, unload_first=unload_first)
-            beside_traffic = self._active is not None
-            path = self._path(version.name)
-            version.handle = await self._loader.open(version.name, path, progress, beside_traffic=beside_traffic)
-            version.enter(VersionState.READY)
-            if replaced is not None:
+            await self._make_room(version, progress)
+            await self._open(version, progress)
+            if progress.unload_first:
                 self._successor = version
         except Exception as error:  # noqa: BLE001
             failure = _to_failure(error)
             is_foreseen = isinstance(error, GeoSurgeError)
             self._report_failure(version, failure, time.perf_counter() - begun, unexpected=not is_foreseen)
             if version.progress is progress:
-                version.failure = failure
+                # Whoever asks for it from now on wants another load.
+                version.progress, version.failure = None, failure
                 version.enter(VersionState.FAILED)
-            if replaced is not None:
-                await self._bring_back(replaced)
+            await self._bring_back()
         finally:
             if version.progress is progress:
                 version.progress = None
@@ -662,7 +678,18 @@ class Versions:
             raise failure
         self._metrics.load_ended("ready", time.perf_counter() - begun)
         logger.info("loaded", extra={"index_version": version.name})
-        return replaced
+
+    async def _open(self, version: _Version, progress: LoadProgress) -> None:
+        beside_traffic = self._active is not None
+        path = self._path(version.name)
+        handle = await self._loader.open(version.name, path, progress, beside_traffic=beside_traffic)
+        if progress.is_given_up:
+            await self._loader.close(handle)
+            progress.report("ready", 1.0)
+        version.handle = handle
+        version.enter(VersionState.READY)
+        if version is self._exchanged:
+            self._point_at(version, "activate")
 
     def _report_failure(self, version: _Version, failure: GeoSurgeError, seconds: float, *, unexpected: bool) -> None:
         self._metrics.load_ended("superseded" if isinstance(failure, LoadSupersededError) else "failed", seconds)
@@ -672,34 +699,28 @@ class Versions:
         else:
             logger.warning("load failed", extra=fields)
 
-    async def _make_room(self, version: _Version, progress: LoadProgress, *, unload_first: bool) -> _Version | None:
-        """Unloads what has to go; returns the version that was active if that had to go, too."""
-        replaced: _Version | None = None
-        try:
-            while True:
-                progress.report("making room", 0.0)
-                version.needs = await self._loader.needs(self._path(version.name))
-                # What is READY while the pointer moves may be ACTIVE afterwards.
-                async with self._pointer_lock:
-                    step = self._next_step(version.needs, unload_first=unload_first)
-                    leaving = self._versions[step.name] if isinstance(step, Unload) else None
-                    if leaving is not None and leaving is self._active:
-                        replaced, self._active = leaving, None
-                        self._metrics.set_active("")
-                        self._on_change()
-                    if leaving is not None:
-                        self._drain(leaving)
-                match step:
-                    case Load():
-                        return replaced
-                    case Refuse(reason):
-                        raise VersionDoesNotFitError(f"version {version.name!r} was not loaded: {reason}")
-                drains = [other.drain for other in self._versions.values() if other.drain is not None]
-                await asyncio.wait(drains, return_when=asyncio.FIRST_COMPLETED)
-        except Exception:
-            if replaced is not None:
-                await self._bring_back(replaced)
-            raise
+    async def _make_room(self, version: _Version, progress: LoadProgress) -> None:
+        """Unloads what has to go, the active version only where the request allows it."""
+        while True:
+            progress.report("making room", 0.0)
+            version.needs = await self._loader.needs(self._path(version.name))
+            # What is READY while the pointer moves may be ACTIVE afterwards.
+            async with self._pointer_lock:
+                step = self._next_step(version.needs, unload_first=progress.unload_first)
+                leaving = self._versions[step.name] if isinstance(step, Unload) else None
+                if leaving is not None and leaving is self._active:
+                    self._exchanged, self._active = leaving, None
+                    self._metrics.set_active("")
+                    self._on_change()
+                if leaving is not None:
+                    self._drain(leaving)
+            match step:
+                case Load():
+                    return
+                case Refuse(reason):
+                    raise VersionDoesNotFitError(f"version {version.name!r} was not loaded: {reason}")
+            drains = [other.drain for other in self._versions.values() if other.drain is not None]
+            await asyncio.wait(drains, return_when=asyncio.FIRST_COMPLETED)
 
     def _next_step(self, needs: Needs, *, unload_first: bool) -> Step:
         canary = None if self._canary is None else self._canary[0]
@@ -716,22 +737,21 @@ class Versions:
             unload_first=unload_first,
         )
 
-    async def _bring_back(self, replaced: _Version) -> None:
-        """Loads a version again that made room for one that cannot be used, unless another is active by now."""
-        if self._closing or self._active is not None:
+    async def _bring_back(self) -> None:
+        """Loads a version again that made room for one that cannot be used, whatever else is in memory."""
+        replaced = self._exchanged
+        # With a successor, it is not decided yet.
+        if replaced is None or self._successor is not None or self._closing:
             return
+        if replaced.drain is not None:
+            await asyncio.wait([replaced.drain])
         try:
             replaced.enter(VersionState.LOADING)
-            path = self._path(replaced.name)
-            replaced.handle = await self._loader.open(replaced.name, path, LoadProgress(), beside_traffic=False)
+            await self._open(replaced, LoadProgress())
         except Exception as error:
             replaced.failure = _to_failure(error)
             replaced.enter(VersionState.FAILED)
             logger.exception("the version before could not be loaded again", extra={"index_version": replaced.name})
-        else:
-            replaced.enter(VersionState.READY)
-            if self._active is None:
-                self._point_at(replaced, "activate")
 
     async def _switch(
         self, name: str, write_pointer: Callable[[], object], *, kind: str, unload_first: bool = False
@@ -740,39 +760,92 @@ class Versions:
         self._latest_switch = name
         loading = self._start_load(name, unload_first=unload_first)
         before = "" if self._active is None else self._active.name
-        replaced = None if loading is None else await asyncio.shield(loading)
+        if loading is not None:
+            await asyncio.shield(loading)
         version = self._versions[name]
-        async with self._pointer_lock:
-            try:
-                # Where nothing is active, this one is better than none until the newer one is loaded.
-                if name != self._latest_switch and self._active is not None:
-                    raise LoadSupersededError(
-                        f"version {name!r} was not activated, because another version was asked for after it"
-                    )
-                if version.state not in LOADED_STATES:
-                    raise LoadSupersededError(f"version {name!r} was unloaded before it could be activated")
-                self._successor = version
-                # The store first: a server that dies here starts with the new version, which has passed every check.
-                await asyncio.to_thread(_write, write_pointer)
-            except GeoSurgeError:
-                if replaced is not None and self._active is None and version.state in LOADED_STATES:
-                    await asyncio.wait([self._drain(version)])
-                    await self._bring_back(replaced)
-                raise
-            finally:
-                self._successor = None
-            if self._active is not None and self._active is not version:
-                before = self._active.name
-            # A server that stops has freed it meanwhile.
-            if version.state in LOADED_STATES:
-                self._point_at(version, kind)
+        try:
+            async with self._pointer_lock:
+                before = await self._move_pointer(version, write_pointer, kind) or before
+        except GeoSurgeError:
+            await self._undo_exchange(version)
+            raise
         return "" if before == name else before
+
+    async def _move_pointer(self, version: _Version, write_pointer: Callable[[], object], kind: str) -> str:
+        """Makes a loaded version the active one; returns which other one was, empty when none was."""
+        name = version.name
+        try:
+            if self._closing:
+                raise _shutting_down()
+            # Where nothing is active, this one is better than none until the newer one is loaded.
+            if name != self._latest_switch and self._active is not None:
+                raise LoadSupersededError(
+                    f"version {name!r} was not activated, because another version was asked for after it"
+                )
+            if version.state not in LOADED_STATES:
+                raise LoadSupersededError(f"version {name!r} was unloaded before it could be activated")
+            self._successor = version
+            # The store first: a server that dies here starts with the new version, which has passed every check.
+            await asyncio.to_thread(_write, write_pointer)
+        finally:
+            self._successor = None
+        before = "" if self._active is None or self._active is version else self._active.name
+        # A server that stops has freed it meanwhile.
+        if version.state in LOADED_STATES:
+            self._point_at(version, kind)
+        return before
+
+    async def _undo_exchange(self, version: _Version) -> None:
+        """Loads the version again that made room for one that was then not activated."""
+        replaced = self._exchanged
+        if replaced is None or self._closing:
+            return
+        if version.state is VersionState.READY:
+            self._drain(version)
+        loading = self._start_load(replaced.name, unload_first=False)
+        if loading is not None:
+            await asyncio.wait([loading])
+
+    async def _start_with_an_older_one(self, error: GeoSurgeError) -> bool:
+        """Activates the newest usable version of the store's history; returns whether there is one."""
+        names: list[str] = []
+        if self._store is not None:
+            with contextlib.suppress(StoreError):
+                names = stores.history(self._store)
+        for name in names:
+            if name in self._versions:
+                continue
+            with contextlib.suppress(BundleError, EncoderError):
+                await self._switch(name, lambda: None, kind="start")
+                logger.error(
+                    "what the store names cannot be used, so a version that was active before serves: %s; %s",
+                    error,
+                    self._how_to_repair(),
+                    extra={"index_version": name},
+                )
+                return True
+        return False
 
     async def _follow(self) -> None:
         async with self._pointer_lock:
             # Not while it is being moved here; and no other request may come between reading it and asking for it.
             name = self._current()
-        await self._switch(name, lambda: None, kind="reload")
+        if self._active is not None and self._active.name == name:
+            return
+        try:
+            await self._switch(name, lambda: self._check_current(name), kind="reload")
+        except (LoadSupersededError, ShuttingDownError):
+            raise
+        except GeoSurgeError as error:
+            raise type(error)(f"{error}; the store still names {name!r}: {self._how_to_repair()}") from error
+
+    def _check_current(self, name: str) -> None:
+        if self._current() != name:
+            raise LoadSupersededError(f"version {name!r} was not activated, because the store names another by now")
+
+    def _how_to_repair(self) -> str:
+        active = "NAME" if self._active is None else self._active.name
+        return f"to keep what serves, geosurge index activate {active} --store {self._store}"
 
     def _point_at(self, version: _Version, kind: str) -> None:
         before = self._active
@@ -783,7 +856,7 @@ class Versions:
         if self._canary is not None and self._canary[0] is version:
             self._canary = None
         version.enter(VersionState.ACTIVE)
-        self._active = version
+        self._active, self._exchanged = version, None
         self._metrics.set_active(version.name)
         self._metrics.swapped(kind)
         self._on_change()
@@ -794,6 +867,8 @@ class Versions:
     def _drain(self, version: _Version) -> asyncio.Task[None]:
         """Withdraws a version from new requests; the task frees it when it has none left."""
         version.enter(VersionState.DRAINING)
+        if self._canary is not None and self._canary[0] is version:
+            self._canary = None
         version.drain = self._track(self._free(version))
         return version.drain
 
@@ -848,6 +923,14 @@ def _hash_fraction(request_id: str) -> float:
 
 def _no_active_version() -> NoActiveVersionError:
     return NoActiveVersionError("no index version is active while one is exchanged for another; try again soon")
+
+
+def _superseded(reason: str) -> LoadSupersededError:
+    return LoadSupersededError(f"the load gave up: {reason}; ask again if it is still wanted")
+
+
+def _shutting_down() -> ShuttingDownError:
+    return ShuttingDownError("the server is stopping")
 
 
 def _write(write_pointer: Callable[[], object]) -> None:

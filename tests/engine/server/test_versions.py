@@ -650,7 +650,7 @@ async def test_closing_gives_up_what_is_loading_and_waits_for_requests(store: Pa
             await asyncio.sleep(0.05)
             assert not closing.done()
         await closing
-        with pytest.raises(LoadSupersededError, match="stopping"):
+        with pytest.raises(ShuttingDownError, match="stopping"):
             await activating
         assert states(versions) == {"one": UNLOADED, "two": FAILED, "three": UNLOADED}
         assert not versions.is_serving
