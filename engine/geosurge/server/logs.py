@@ -45,7 +45,8 @@ def add_call(record: logging.LogRecord) -> bool:
     call = current_call()
     if call.method:
         # What the record itself says comes first: a call may be about another version than the one that answers it.
-        about = {"request_id": call.fields()["request_id"], "index_version": call.index_version}
+        fields = call.fields()
+        about = {key: fields[key] for key in ("request_id", "index_version")}
         record.__dict__ |= {key: value for key, value in about.items() if key not in record.__dict__}
     return True
 

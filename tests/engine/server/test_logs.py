@@ -107,6 +107,16 @@ def test_what_a_record_says_itself_comes_before_what_its_call_is_about() -> None
     assert record.__dict__["request_id"] == other.__dict__["request_id"] == other.__dict__["index_version"] == ""
 
 
+def test_what_a_client_chose_is_cut_in_every_record_of_its_call() -> None:
+    token = _current.set(CallRecord("/" + "m" * 500, request_id="r" * 500, index_version="v" * 500))
+    try:
+        record = record_of("something")
+        assert add_call(record)
+    finally:
+        _current.reset(token)
+    assert (record.__dict__["request_id"], record.__dict__["index_version"]) == ("r" * 200, "v" * 200)
+
+
 def grpc_record(message: str, error: Exception | None) -> logging.LogRecord:
     record = record_of(message, error=error)
     record.name = "grpc._cython.cygrpc"
