@@ -20,7 +20,10 @@ MAX_EMBEDDING_LENGTH = 65_536
 """Most values that are copied: an embedding too long for any index is refused without reading it."""
 
 MAX_REQUEST_ID_LENGTH = 4096
-"""Characters that a request id may have: it is echoed and logged, and may be a path."""
+"""Characters that a request id may have: it is echoed, and may be a path."""
+
+MAX_LOGGED_LENGTH = 200
+"""Characters of what a client chose that are logged."""
 
 MAX_VERSION_NAME_LENGTH = 255
 """Characters that the name of an index version may have: it is the name of a directory."""
@@ -84,7 +87,7 @@ def request_to_id(request: geolocation_pb2.LocateRequest) -> str:
 
 
 def check_request_id(request_id: str) -> None:
-    """Refuses an id that is too long to be echoed and logged.
+    """Refuses an id that is too long to be echoed.
 
     Raises:
         OptionOutOfRangeError: It has more than `MAX_REQUEST_ID_LENGTH` characters.
@@ -108,14 +111,19 @@ def check_version_name(name: str) -> str:
     return name
 
 
-def exception_to_error(exception: Exception) -> GeoSurgeError:
+def exception_to_error(exception: Exception, request_id: str = "") -> GeoSurgeError:
     """Turns whatever was raised into an error that may leave the process.
 
     An error raised on purpose is returned as it is. Anything else is logged with its traceback under a new id, and only
     that id is passed on.
+
+    Args:
+        exception: What was raised.
+        request_id: Id of the stream's item that failed; a failed call is known to the log.
     """
     if isinstance(exception, GeoSurgeError):
         return exception
     error_id = uuid.uuid4().hex
-    logger.error("unexpected failure", extra={"error_id": error_id}, exc_info=exception)
+    fields = {"error_id": error_id} | ({"request_id": request_id[:MAX_LOGGED_LENGTH]} if request_id else {})
+    logger.error("unexpected failure", extra=fields, exc_info=exception)
     return GeoSurgeError(f"the engine failed; the server logged the cause as {error_id}")

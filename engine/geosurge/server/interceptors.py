@@ -25,7 +25,7 @@ from grpc_status import rpc_status
 
 from geosurge.errors import GeoSurgeError, InputError, MessageTooLargeError
 from geosurge.server import tracing
-from geosurge.server.conversions import exception_to_error
+from geosurge.server.conversions import MAX_LOGGED_LENGTH, exception_to_error
 from geosurge.server.message_size import check_message_size
 from geosurge.server.metrics import METHODS, OTHER, Metrics
 from geosurge.v1 import geolocation_pb2
@@ -34,9 +34,6 @@ from geosurge.wire import error_to_status
 logger = logging.getLogger(__name__)
 
 ENGINE_METHOD_PREFIX: Final = "/geosurge."
-
-_MAX_LOGGED_LENGTH: Final = 200
-"""Characters of what a client chose that are logged."""
 
 _SERVER_FAULTS: Final = ("DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN")
 """Codes with which the engine ends calls and which OpenTelemetry counts as failures of the server."""
@@ -65,9 +62,9 @@ class CallRecord:
     def fields(self) -> dict[str, str | int]:
         """What a log line and a span say of the call."""
         fields: dict[str, str | int] = {
-            "method": self.method[:_MAX_LOGGED_LENGTH],
-            "request_id": self.request_id[:_MAX_LOGGED_LENGTH],
-            "index_version": self.index_version[:_MAX_LOGGED_LENGTH],
+            "method": self.method[:MAX_LOGGED_LENGTH],
+            "request_id": self.request_id[:MAX_LOGGED_LENGTH],
+            "index_version": self.index_version[:MAX_LOGGED_LENGTH],
         }
         if self.item_count is not None:
             fields |= {"items": self.item_count, "failed_items": self.failed_item_count}

@@ -134,7 +134,7 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         try:
             response = await self._locate(request, request_id, deadline)
         except Exception as exception:  # noqa: BLE001
-            error = exception_to_error(exception)
+            error = exception_to_error(exception, request_id)
             current_call().item_failed(error.reason)
             status = error_to_status(error, {"request_id": request_id})
             return geolocation_pb2.LocateStreamResponse(request_id=request_id, status=status)

@@ -126,6 +126,18 @@ async def test_a_stream_item_without_a_request_gets_an_id_and_a_reason(live: Liv
     assert error_of(response.status).reason == "QUERY_MISSING"
 
 
+async def test_an_item_that_fails_unexpectedly_is_logged_with_its_id(
+    live: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, channel = live
+    del server._versions.active.locator.manifest
+    first, second = await stream(channel, [good("a"), good("b" * 300)])
+    assert {error_of(answer.status).reason for answer in (first, second)} == {"INTERNAL"}
+    failures = {vars(record)["request_id"]: vars(record)["error_id"] for record in caplog.records if record.exc_info}
+    assert failures.keys() == {"a", "b" * 200}
+    assert failures["a"] in first.status.message
+
+
 async def test_fifty_clients_at_once_get_what_each_gets_alone(live: Live) -> None:
     stub = geolocation(live[1])
     requests = [
