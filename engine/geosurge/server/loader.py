@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -49,7 +50,15 @@ from geosurge.bundle import (
     open_bundle,
 )
 from geosurge.encoder.model import ImageEncoder
-from geosurge.errors import BundleCorruptError, BundleInconsistentError, BundlePartialError, GeoSurgeError
+from geosurge.errors import (
+    BundleCorruptError,
+    BundleError,
+    BundleInconsistentError,
+    BundlePartialError,
+    EncoderError,
+    GeoSurgeError,
+    LoadImpossibleError,
+)
 from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions
 from geosurge.locator import Locator
@@ -67,6 +76,8 @@ _REST_RATIO: Final = 1.0
 """Seconds of rest for each second of reading, while other versions have traffic."""
 
 _PRIVATE_PREFIX: Final = "geosurge-load-"
+_ABANDONED_SECONDS: Final = 60.0
+"""A private directory that is younger may be one that its process has not locked yet."""
 _READ_SHARE: Final = 0.6
 """Share of a load's progress that reading makes up."""
 
@@ -110,6 +121,7 @@ class Loader:
 
         Raises:
             BundleError: It cannot be opened.
+            LoadImpossibleError: The machine is at fault.
         """
         return await self._on_thread(self._needs, path)
 
@@ -125,6 +137,7 @@ class Loader:
         Raises:
             BundleError: The bundle cannot be used.
             EncoderError: Its encoder cannot be loaded.
+            LoadImpossibleError: The machine is at fault: its scratch directory, or its limit of open files.
             LoadSupersededError: The load was given up.
         """
         return await self._on_thread(self._open, name, path, progress, _REST_RATIO if beside_traffic else 0.0)
@@ -141,7 +154,8 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _needs(self, path: Path) -> Needs:
-        manifest = open_bundle(path).manifest
+        with _telling_the_machine_apart(self._scratch):
+            manifest = open_bundle(path).manifest
         encoder = manifest.encoder
         shared = _encoder_key(manifest) in self._encoders
         memory = sum(info.size for name, info in manifest.files.items() if not name.startswith(f"{ENCODER_DIRECTORY}/"))
@@ -157,12 +171,8 @@ class Loader:
         )
 
     def _open(self, name: str, path: Path, progress: LoadProgress, rest_ratio: float) -> VersionHandle:
-        try:
+        with _telling_the_machine_apart(self._scratch):
             return self._pass_gate(name, path, progress, rest_ratio)
-        except FileNotFoundError as error:
-            raise BundlePartialError(f"{error.filename or path} vanished while it was loaded") from error
-        except OSError as error:
-            raise BundleCorruptError(f"{path} cannot be loaded: {error}") from error
 
     def _pass_gate(self, name: str, path: Path, progress: LoadProgress, rest_ratio: float) -> VersionHandle:
         progress.report("reading the manifest", 0.0)
@@ -289,10 +299,34 @@ def _remove_abandoned_copies(scratch: Path) -> None:
         with contextlib.suppress(OSError):
             descriptor = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(directory)
+                if time.time() - os.fstat(descriptor).st_mtime > _ABANDONED_SECONDS:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(directory)
             finally:
                 os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _telling_the_machine_apart(scratch: Path) -> Iterator[None]:
+    """Has nobody look for a fault in a bundle that is the machine's.
+
+    What is wrong with the bundle's own files is a `BundleError` already, so whatever else the system refuses is about
+    the private copy.
+    """
+    try:
+        yield
+    except (OSError, BundleError, EncoderError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+            raise LoadImpossibleError(
+                f"the server may open no more files ({cause.strerror}); raise its limit of open files"
+            ) from error
+        if isinstance(error, OSError):
+            raise LoadImpossibleError(
+                f"the private copy in {scratch} cannot be made: {error}; make room there, or start the server with "
+                "another directory (scratch)"
+            ) from error
+        raise
 
 
 def _load_encoder(path: Path, device: str) -> ImageEncoder:
@@ -336,7 +370,9 @@ def _copy(bundle: Bundle, directory: Path, progress: LoadProgress, rest_ratio: f
     """Reads every file and copies those that will be opened.
 
     Raises:
-        BundleCorruptError: A file is not what the manifest says.
+        BundleCorruptError: A file is not what the manifest says, or cannot be read.
+        BundlePartialError: A file vanished.
+        OSError: The copy cannot be written.
     """
     total = max(sum(info.size for info in bundle.manifest.files.values()), 1)
     done = 0
@@ -346,8 +382,8 @@ def _copy(bundle: Bundle, directory: Path, progress: LoadProgress, rest_ratio: f
         target = directory / relative if is_wanted else Path(os.devnull)
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-        with (bundle.path / relative).open("rb") as reader, target.open("wb") as writer:
-            while chunk := reader.read(_CHUNK_BYTES):
+        with target.open("wb") as writer:
+            for chunk in _read_chunks(bundle.path / relative):
                 digest.update(chunk)
                 writer.write(chunk)
                 done += len(chunk)
@@ -358,3 +394,14 @@ def _copy(bundle: Bundle, directory: Path, progress: LoadProgress, rest_ratio: f
                 f"{bundle.path / relative} has another SHA-256 than recorded; publish the bundle again"
             )
     return replace(bundle, path=directory)
+
+
+def _read_chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as reader:
+            while chunk := reader.read(_CHUNK_BYTES):
+                yield chunk
+    except FileNotFoundError as error:
+        raise BundlePartialError(f"{path} vanished while it was loaded") from error
+    except OSError as error:
+        raise BundleCorruptError(f"{path} cannot be read: {error}") from error

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import fcntl
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from support.bundles import make_bundle, tiny_encoder
 
+from geosurge.errors import BundlePartialError, LoadImpossibleError
 from geosurge.images import DEFAULT_LIMITS
 from geosurge.server.loader import Loader, control_group_headrooms
 from geosurge.server.versions import LoadProgress
@@ -44,3 +53,74 @@ def test_every_control_group_with_a_limit_counts_and_cached_files_are_free(tmp_p
     assert list(control_group_headrooms(tmp_path / "none", membership)) == []
     membership.write_text("0::/\n")
     assert list(control_group_headrooms(root, membership)) == [-2299]
+
+
+@pytest.fixture
+def loader(tmp_path: Path) -> Iterator[Loader]:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with ThreadPoolExecutor(1) as encoding:
+        loader = Loader(encoding.submit, device="cpu", limits=DEFAULT_LIMITS, max_batch_size=4, scratch=scratch)
+        yield loader
+        loader.stop()
+
+
+@contextmanager
+def limited(what: int, limit: int) -> Iterator[None]:
+    """Lowers a limit of this process, whose files then fail as on a machine that is out of it."""
+    before = resource.getrlimit(what)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(what, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+async def test_a_bundle_is_not_blamed_for_the_machine(loader: Loader, tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "tiny")
+    with limited(resource.RLIMIT_FSIZE, 3000), pytest.raises(LoadImpossibleError, match=r"scratch cannot be.*File"):
+        await loader.open("tiny", path, LoadProgress(), beside_traffic=False)
+    with limited(resource.RLIMIT_NOFILE, 3), pytest.raises(LoadImpossibleError, match="limit of open files"):
+        await loader.needs(path)
+    await loader.close(await loader.open("tiny", path, LoadProgress(), beside_traffic=False))
+    (tmp_path / "scratch").rmdir()
+    with pytest.raises(LoadImpossibleError, match=r"scratch cannot be made.*No such"):
+        await loader.open("tiny", path, LoadProgress(), beside_traffic=False)
+
+
+class Removal(LoadProgress):
+    """Removes files as soon as the first byte is read."""
+
+    def __init__(self, files: list[Path]) -> None:
+        super().__init__()
+        self.files = files
+
+    def report(self, step: str, fraction: float) -> None:
+        if fraction > 0:
+            for file in self.files:
+                file.unlink(missing_ok=True)
+        super().report(step, fraction)
+
+
+async def test_a_bundle_is_blamed_for_its_own_files(loader: Loader, tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "tiny")
+    with pytest.raises(BundlePartialError, match=r"\.faiss vanished"):
+        await loader.open("tiny", path, Removal(list(path.glob("*.faiss"))), beside_traffic=False)
+
+
+def test_only_copies_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    abandoned, locked, young = (tmp_path / f"geosurge-load-{name}" for name in ("abandoned", "locked", "young"))
+    for directory in (abandoned, locked, young):
+        directory.mkdir()
+    long_ago = time.time() - 3600
+    os.utime(abandoned, (long_ago, long_ago))
+    os.utime(locked, (long_ago, long_ago))
+    descriptor = os.open(locked, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        Loader(lambda work: Future(), device="cpu", limits=DEFAULT_LIMITS, max_batch_size=4, scratch=tmp_path).stop()
+    finally:
+        os.close(descriptor)
+    assert set(tmp_path.iterdir()) == {locked, young}
