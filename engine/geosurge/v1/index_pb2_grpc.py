@@ -33,10 +33,11 @@ class IndexServiceStub(object):
     |---------------------|-----------------------------------------------------------------------------------------|
     | NOT_FOUND           | BUNDLE_NOT_FOUND                                                                        |
     | FAILED_PRECONDITION | VERSION_IN_USE (active, about to be, or the canary), VERSION_NOT_LOADED (a canary),     |
-    |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), STORE_INVALID (a server of    |
-    |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
-    |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
-    |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
+    |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), LOAD_IMPOSSIBLE (the scratch  |
+    |                     | directory is full or missing, or no more files may be open), STORE_INVALID (a server of |
+    |                     | one bundle has no store; nothing to roll back to; another process holds the store), and |
+    |                     | why a bundle cannot be used: BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, |
+    |                     | BUNDLE_ENCODER_MISMATCH, BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                       |
     | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name, one of more than 255 characters), |
     |                     | INPUT_INVALID                                                                           |
     | RESOURCE_EXHAUSTED  | MESSAGE_TOO_LARGE (more than 1 MiB)                                                     |
@@ -98,10 +99,11 @@ class IndexServiceServicer(object):
     |---------------------|-----------------------------------------------------------------------------------------|
     | NOT_FOUND           | BUNDLE_NOT_FOUND                                                                        |
     | FAILED_PRECONDITION | VERSION_IN_USE (active, about to be, or the canary), VERSION_NOT_LOADED (a canary),     |
-    |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), STORE_INVALID (a server of    |
-    |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
-    |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
-    |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
+    |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), LOAD_IMPOSSIBLE (the scratch  |
+    |                     | directory is full or missing, or no more files may be open), STORE_INVALID (a server of |
+    |                     | one bundle has no store; nothing to roll back to; another process holds the store), and |
+    |                     | why a bundle cannot be used: BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, |
+    |                     | BUNDLE_ENCODER_MISMATCH, BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                       |
     | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name, one of more than 255 characters), |
     |                     | INPUT_INVALID                                                                           |
     | RESOURCE_EXHAUSTED  | MESSAGE_TOO_LARGE (more than 1 MiB)                                                     |
@@ -217,10 +219,11 @@ class IndexService(object):
     |---------------------|-----------------------------------------------------------------------------------------|
     | NOT_FOUND           | BUNDLE_NOT_FOUND                                                                        |
     | FAILED_PRECONDITION | VERSION_IN_USE (active, about to be, or the canary), VERSION_NOT_LOADED (a canary),     |
-    |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), STORE_INVALID (a server of    |
-    |                     | one bundle has no store; nothing to roll back to), and why a bundle cannot be used:     |
-    |                     | BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, BUNDLE_ENCODER_MISMATCH,     |
-    |                     | BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                                                |
+    |                     | VERSION_DOES_NOT_FIT (memory, or the number of versions), LOAD_IMPOSSIBLE (the scratch  |
+    |                     | directory is full or missing, or no more files may be open), STORE_INVALID (a server of |
+    |                     | one bundle has no store; nothing to roll back to; another process holds the store), and |
+    |                     | why a bundle cannot be used: BUNDLE_PARTIAL, BUNDLE_CORRUPT, BUNDLE_SCHEMA_UNSUPPORTED, |
+    |                     | BUNDLE_ENCODER_MISMATCH, BUNDLE_INCONSISTENT, ENCODER_UNAVAILABLE                       |
     | INVALID_ARGUMENT    | OPTION_OUT_OF_RANGE (a share outside 0 to 1, no name, one of more than 255 characters), |
     |                     | INPUT_INVALID                                                                           |
     | RESOURCE_EXHAUSTED  | MESSAGE_TOO_LARGE (more than 1 MiB)                                                     |
