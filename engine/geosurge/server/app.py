@@ -199,6 +199,7 @@ class Server:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._abandoned.wait(), drain)
             self._stopping.set()
+            self._versions.give_up()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))
         await self._health.enter_graceful_shutdown()
         await self._versions.close()

@@ -13,12 +13,21 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.answers import expected_answers, question, questions, reason_of, same_answer
-from support.bundles import make_bundle
-from support.processes import CRASHING_STAGE, FAILING_ENCODER, HELD_ENCODER, geolocation, server_process, wait_until
+from support.bundles import make_bundle, tiny_encoder
+from support.processes import (
+    CRASHING_STAGE,
+    FAILING_ENCODER,
+    HELD_ENCODER,
+    geolocation,
+    index_client,
+    server_process,
+    wait_until,
+)
 from support.servers import embedding, encoded_image
 from support.traffic import load, open_channel
 
 from geosurge import store as stores
+from geosurge.errors import ServiceError
 from geosurge.v1 import geolocation_pb2 as pb
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -180,3 +189,25 @@ def test_a_reload_that_is_asked_for_during_the_start_is_made(tmp_path: Path) -> 
         stores.publish(store, make_bundle(tmp_path / name, seed=seed, name=name), activate=name == "one")
     with server_process(store, prelude=RELOADED_WHILE_STARTING, environment={"STORE": str(store)}) as server:
         wait_until(lambda: "activated index_version=two previous_version=one" in server.log, "two is active")
+
+
+async def test_sigterm_ends_an_activation_and_leaves_the_store_as_it_is(tmp_path: Path) -> None:
+    store, hold = tmp_path / "store", tmp_path / "hold"
+    for seed, name in enumerate(("one", "two")):
+        source = make_bundle(tmp_path / name, seed=seed, name=name, encoder=tiny_encoder(seed=seed))
+        stores.publish(store, source, activate=name == "one")
+    with server_process(store, prelude=HELD_ENCODER, environment={"HOLD_FILE": str(hold)}) as server:
+        hold.touch()
+        with index_client(server) as index:
+            activation = asyncio.create_task(asyncio.to_thread(index.activate, "two"))
+            # The encoder is held while it is asked for the golden images.
+            while index.version("two").load_progress < 0.8:
+                await asyncio.sleep(0.01)
+            server.send(signal.SIGTERM)
+            while "stopping signal=SIGTERM" not in server.log:
+                await asyncio.sleep(0.01)
+            hold.unlink()
+            with pytest.raises(ServiceError):
+                await activation
+        assert await asyncio.to_thread(server.wait) == 0
+    assert stores.current(store) == "one"
