@@ -155,6 +155,13 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+def flip(file: Path) -> None:
+    """Changes one bit; again, and the file is as before."""
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
 def is_freed(reference: weakref.ref[Any]) -> bool:
     gc.collect()
     return reference() is None
@@ -277,9 +284,7 @@ async def test_a_newer_request_makes_an_older_load_give_up(store: Path) -> None:
 
 @pytest.mark.parametrize("unload_first", [False, True])
 async def test_a_bad_version_changes_nothing(store: Path, unload_first: bool) -> None:
-    damaged = bytearray((store / "two" / "level-3.faiss").read_bytes())
-    damaged[-9] ^= 1
-    (store / "two" / "level-3.faiss").write_bytes(damaged)
+    flip(store / "two" / "level-3.faiss")
     async with opened(store, max_versions=1 if unload_first else 2) as versions:
         with pytest.raises(BundleCorruptError, match=r"level-3\.faiss"):
             await versions.activate("two", unload_first=unload_first)
@@ -544,6 +549,56 @@ async def test_an_exchange_that_cannot_be_written_down_brings_the_old_version_ba
         assert versions.active.name == stores.current(store) == "one"
 
 
+async def test_a_canary_ends_with_its_version(store: Path) -> None:
+    async with opened(store, max_versions=1) as versions:
+        with pointer_held(store):
+            exchange = asyncio.create_task(versions.activate("two", unload_first=True))
+            await until(lambda: states(versions)["two"] is READY)
+            versions.set_canary("two", 1.0)
+            shutil.rmtree(store / "two")
+        with pytest.raises(BundleNotFoundError):
+            await exchange
+        with versions.acquire(request_id="any") as handle:
+            assert handle.name == "one"
+
+
+async def test_what_is_brought_back_is_loaded_once(store: Path) -> None:
+    async with opened_with_loader(store, max_versions=1) as (versions, loader):
+        release = loader.hold("one")
+        (store / ".activate.lock").unlink()
+        (store / ".activate.lock").mkdir()
+        exchange = asyncio.create_task(versions.activate("two", unload_first=True))
+        await until(lambda: loader.begun == ["one", "two", "one"])
+        assert versions.load("one").state is LOADING
+        versions.unload("one")
+        assert versions.load("one").state is LOADING
+        release.set()
+        with pytest.raises(StoreError, match="cannot be written"):
+            await exchange
+        await until(lambda: not versions._tasks)
+        assert states(versions) == {"one": ACTIVE, "two": UNLOADED, "three": UNLOADED}
+        assert len(versions.loaded) == 1
+
+
+async def test_room_is_made_for_a_load_as_soon_as_anybody_asks_for_it(store: Path) -> None:
+    async with opened(store, max_versions=1) as versions:
+        versions.load("two")
+        assert await versions.activate("two", unload_first=True) == "one"
+
+
+async def test_a_load_that_is_given_up_at_its_very_end_is_freed(store: Path) -> None:
+    loader = SimulatedLoader(available=3)
+    versions = Versions(store, loader)
+    await versions.start()
+    versions.load("two")
+    while len(loader.open_handles) < 2:
+        await asyncio.sleep(0)
+    assert versions.unload("two").state is LOADING
+    await until(lambda: states(versions)["two"] is FAILED)
+    assert [handle.name for handle in loader.open_handles] == ["one"]
+    await versions.close()
+
+
 async def test_the_active_version_survives_a_restart(store: Path) -> None:
     async with opened(store) as versions:
         await versions.activate("three")
@@ -564,6 +619,70 @@ async def test_following_a_store_whose_pointer_names_something_bad_changes_nothi
         with pytest.raises(StoreError):
             await versions.follow_store()
         assert versions.active.name == "one"
+
+
+async def test_what_cannot_be_followed_is_named_with_its_repair(store: Path) -> None:
+    async with opened(store) as versions:
+        stores.activate(store, "two")
+        (store / "two" / "level-1.faiss").unlink()
+        with pytest.raises(BundlePartialError, match=r"still names 'two': .*geosurge index activate one --store"):
+            await versions.follow_store()
+        await versions.activate("one")
+        assert stores.current(store) == "one"
+
+
+async def test_following_a_store_that_did_not_change_disturbs_nothing(store: Path) -> None:
+    async with opened_with_loader(store) as (versions, loader):
+        release = loader.hold("two")
+        activating = asyncio.create_task(versions.activate("two"))
+        await until(lambda: "two" in loader.begun)
+        await versions.follow_store()
+        release.set()
+        assert await activating == "one"
+
+
+async def test_a_store_that_names_another_version_by_now_is_not_followed(store: Path) -> None:
+    async with opened_with_loader(store) as (versions, loader):
+        release = loader.hold("two")
+        stores.activate(store, "two")
+        following = asyncio.create_task(versions.follow_store())
+        await until(lambda: "two" in loader.begun)
+        stores.activate(store, "one")
+        await versions.follow_store()
+        release.set()
+        with pytest.raises(LoadSupersededError, match="names another"):
+            await following
+        assert states(versions) == {"one": ACTIVE, "two": READY, "three": UNLOADED}
+
+
+async def test_a_start_serves_what_was_active_before_where_the_store_names_something_bad(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("two", "three", "one", "two"):
+        stores.activate(store, name)
+    flip(store / "two" / "level-3.faiss")
+    shutil.rmtree(store / "one")
+    async with opened(store) as versions:
+        assert versions.active.name == "three"
+        assert stores.current(store) == "two"
+        bad = next(status for status in await versions.statuses() if status.name == "two")
+        assert bad.state is FAILED
+        assert isinstance(bad.failure, BundleCorruptError)
+        logged = next(record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+        assert "level-3.faiss" in logged
+        assert "geosurge index activate three" in logged
+        flip(store / "two" / "level-3.faiss")
+        await versions.follow_store()
+        assert versions.active.name == "two"
+
+
+async def test_a_start_fails_with_the_first_reason_where_nothing_can_be_served(store: Path) -> None:
+    stores.activate(store, "two")
+    flip(store / "two" / "level-3.faiss")
+    flip(store / "one" / "level-2.faiss")
+    with pytest.raises(BundleCorruptError, match=r"two/level-3\.faiss"):
+        async with opened(store):
+            pytest.fail("nothing can be served")
 
 
 async def test_a_bundle_under_another_name_is_refused(store: Path) -> None:
@@ -656,6 +775,40 @@ async def test_closing_gives_up_what_is_loading_and_waits_for_requests(store: Pa
         assert not versions.is_serving
 
 
+async def test_a_server_that_stops_moves_no_pointer(store: Path) -> None:
+    async with opened(store) as versions:
+        versions.load("two")
+        await until(lambda: states(versions)["two"] is READY)
+        with pointer_held(store):
+            moving = asyncio.create_task(versions.activate("two"))
+            await until(versions._pointer_lock.locked)
+            waiting = asyncio.create_task(versions.activate("one"))
+            await asyncio.sleep(0)
+            versions.give_up()
+            versions.give_up()
+        assert await moving == "one"
+        with pytest.raises(ShuttingDownError):
+            await waiting
+        with pytest.raises(ShuttingDownError):
+            await versions.activate("one")
+        assert stores.current(store) == "two"
+        with versions.acquire() as handle:
+            assert handle.name == "two"
+
+
+async def test_whoever_holds_the_pointer_cannot_keep_a_server_from_stopping(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_ACTIVATE_LOCK_SECONDS", 0.2)
+    with pointer_held(store):
+        async with opened(store) as versions:
+            await until(lambda: versions.load("two").state is READY)
+            moves = [asyncio.create_task(versions.activate("two")) for _ in range(2)]
+            await until(versions._pointer_lock.locked)
+        outcomes = await asyncio.gather(*moves, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [StoreError, ShuttingDownError]
+
+
 async def test_an_activation_goes_on_when_its_caller_leaves(store: Path) -> None:
     async with opened_with_loader(store) as (versions, loader):
         release = loader.hold("two")
@@ -722,6 +875,7 @@ class SimulatedLoader:
         handle = VersionHandle(name, cast("Locator", io.BytesIO()))
         self.open_handles.append(handle)
         self.most_open = max(self.most_open, len(self.open_handles))
+        await asyncio.sleep(0)
         return handle
 
     async def close(self, handle: VersionHandle) -> None:
