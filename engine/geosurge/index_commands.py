@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from geosurge import store as stores
 from geosurge.bundle import Bundle, open_bundle, verify_bundle
 from geosurge.connection_options import Connect, check_server, with_connection
-from geosurge.errors import GeoSurgeError, StoreError, UsageError
+from geosurge.errors import GeoSurgeError, StoreError, UsageError, VersionNotLoadedError
 
 if TYPE_CHECKING:
     from geosurge.description import IndexVersion
@@ -217,12 +217,15 @@ def load(name: _Version, *, server: _RequiredServer, as_json: _JsonFlag = False,
     with _reported(as_json=as_json), _client(server, connection) as client:
         version = client.load(name)
         with Console(stderr=True).status("") as status:
-            while version.state == "loading":
+            # A version that is still being unloaded is loaded after that.
+            while version.load_step or version.state in ("loading", "draining"):
                 status.update(f"{escape(name)}: {version.load_step}, {version.load_progress:.0%}")
                 time.sleep(POLL_SECONDS)
                 version = client.version(name)
         if version.failure is not None:
             raise version.failure
+        if version.state not in ("ready", "active"):
+            raise VersionNotLoadedError(f"version {name!r} was unloaded as soon as it was loaded; load it again")
         _print_version(server, version, "loaded", as_json=as_json)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 from click.testing import Result
 from support.bundles import make_bundle
-from support.servers import background_server, embedding, settings_for
+from support.servers import background_server, embedding, running, settings_for
 from typer.testing import CliRunner
 
 from geosurge import store as stores
 from geosurge.bundle import read_manifest
 from geosurge.client import Client
-from geosurge.index_commands import index_app
+from geosurge.index_commands import POLL_SECONDS, index_app
+from geosurge.server.versions import VersionState
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +213,22 @@ def test_the_versions_of_a_server_are_loaded_activated_rolled_back_and_unloaded(
     assert run("canary", "b", "1", *server).stdout == f"100.0% of the requests go to b on {address}\n"
     assert run("canary", "b", "0", *server).stdout == f"no canary on {address}\n"
     assert run("unload", "b", *server).stdout == f"unloaded b on {address}\n"
+
+
+async def test_a_version_that_is_still_being_unloaded_is_waited_for(store: Path) -> None:
+    async with running(settings_for(store, scratch=store.parent)) as (server, _):
+        versions = server._versions
+        while versions.load("b").state is not VersionState.READY:
+            await asyncio.sleep(0.01)
+        with versions.acquire("b"):
+            versions.unload("b")
+            loading = asyncio.create_task(asyncio.to_thread(run, "load", "b", "--server", server.admin_address))
+            while not versions.status("b").load_step:
+                await asyncio.sleep(0.01)
+            # It has been told that the version is draining, and asked again.
+            await asyncio.sleep(2 * POLL_SECONDS)
+        assert (await loading).stdout == f"loaded b on {server.admin_address}\n"
+        assert versions.status("b").state is VersionState.READY
 
 
 def test_a_version_that_a_server_cannot_use_exits_with_3_and_its_reason(address: str, store: Path) -> None:
