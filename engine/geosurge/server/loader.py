@@ -76,8 +76,6 @@ _REST_RATIO: Final = 1.0
 """Seconds of rest for each second of reading, while other versions have traffic."""
 
 _PRIVATE_PREFIX: Final = "geosurge-load-"
-_ABANDONED_SECONDS: Final = 60.0
-"""A private directory that is younger may be one that its process has not locked yet."""
 _READ_SHARE: Final = 0.6
 """Share of a load's progress that reading makes up."""
 
@@ -283,14 +281,24 @@ def _check_images(bundle: Bundle, encoder: ImageEncoder | None) -> None:
 @contextlib.contextmanager
 def _private_directory(scratch: Path) -> Iterator[Path]:
     """A directory that is removed afterwards; locked meanwhile, so that other processes can tell that it is in use."""
-    directory = Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX, dir=scratch))
-    descriptor = os.open(directory, os.O_RDONLY)
+    directory, descriptor = _make_locked_directory(scratch)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         os.close(descriptor)
+
+
+def _make_locked_directory(scratch: Path) -> tuple[Path, int]:
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX, dir=scratch))
+        # Until it is locked, a server that starts takes it for abandoned.
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(directory, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if directory.exists():
+                return directory, descriptor
+            os.close(descriptor)
 
 
 def _remove_abandoned_copies(scratch: Path) -> None:
@@ -299,9 +307,8 @@ def _remove_abandoned_copies(scratch: Path) -> None:
         with contextlib.suppress(OSError):
             descriptor = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                if time.time() - os.fstat(descriptor).st_mtime > _ABANDONED_SECONDS:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(directory)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory)
             finally:
                 os.close(descriptor)
 

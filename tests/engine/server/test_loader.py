@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import fcntl
-import os
 import resource
 import signal
-import time
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from support.bundles import make_bundle, tiny_encoder
 
 from geosurge.errors import BundlePartialError, LoadImpossibleError
 from geosurge.images import DEFAULT_LIMITS
-from geosurge.server.loader import Loader, control_group_headrooms
+from geosurge.server.loader import Loader, _private_directory, _remove_abandoned_copies, control_group_headrooms
 from geosurge.server.versions import LoadProgress
 
 
@@ -110,17 +108,21 @@ async def test_a_bundle_is_blamed_for_its_own_files(loader: Loader, tmp_path: Pa
         await loader.open("tiny", path, Removal(list(path.glob("*.faiss"))), beside_traffic=False)
 
 
-def test_only_copies_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    abandoned, locked, young = (tmp_path / f"geosurge-load-{name}" for name in ("abandoned", "locked", "young"))
-    for directory in (abandoned, locked, young):
-        directory.mkdir()
-    long_ago = time.time() - 3600
-    os.utime(abandoned, (long_ago, long_ago))
-    os.utime(locked, (long_ago, long_ago))
-    descriptor = os.open(locked, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        Loader(lambda work: Future(), device="cpu", limits=DEFAULT_LIMITS, max_batch_size=4, scratch=tmp_path).stop()
-    finally:
-        os.close(descriptor)
-    assert set(tmp_path.iterdir()) == {locked, young}
+def test_copies_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "geosurge-load-abandoned").mkdir()
+    enough = threading.Event()
+
+    def clean() -> None:
+        while not enough.is_set():
+            _remove_abandoned_copies(tmp_path)
+
+    with ThreadPoolExecutor(1) as cleaning:
+        cleaned = cleaning.submit(clean)
+        try:
+            for _ in range(1000):
+                with _private_directory(tmp_path) as directory:
+                    assert directory.exists()
+        finally:
+            enough.set()
+        cleaned.result()
+    assert list(tmp_path.iterdir()) == []
