@@ -124,7 +124,13 @@ def values(field: FieldDescriptor, words: list[str]) -> st.SearchStrategy[Any]:
     if not field.is_repeated:
         return one
     fitting = st.lists(one, min_size=DIMENSION, max_size=DIMENSION)
-    return st.lists(one, max_size=3) | fitting | st.builds(lambda value: [value] * 70_000, one)
+    return st.lists(one, max_size=3) | fitting | st.builds(very_many, one)
+
+
+def very_many(value: Any) -> list[Any]:
+    """A value again and again, as far as the message stays a few megabytes."""
+    size = len(value) if isinstance(value, str | bytes) else 1
+    return [value] * min(70_000, 1 + 4_000_000 // max(size, 1))
 
 
 @st.composite
