@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.bundles import CREATE_TIME, make_bundle
+from support.bundles import CREATE_TIME, make_store
 from support.processes import wait_until
 from support.servers import background_server, embedding, settings_for
 
-from geosurge import store as stores
 from geosurge.client import Client
 from geosurge.errors import (
     BundleCorruptError,
@@ -25,10 +24,7 @@ from geosurge.index_client import IndexClient
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    for seed, name in enumerate(("a", "b")):
-        source = make_bundle(tmp_path / name, seed=seed, name=name)
-        stores.publish(tmp_path / "store", source, activate=name == "a", verify=False)
-    return tmp_path / "store"
+    return make_store(tmp_path / "store", {"a": None, "b": None})
 
 
 @pytest.fixture

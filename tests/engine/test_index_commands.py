@@ -17,7 +17,7 @@ from geosurge import store as stores
 from geosurge.bundle import read_manifest
 from geosurge.client import Client
 from geosurge.index_commands import POLL_SECONDS, index_app
-from geosurge.server.versions import VersionState
+from geosurge.server.policy import VersionState
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from PIL import Image
 from support.backbones import CLASS_COUNT, RESNET, SEGFORMER
 
 from geosurge import geodesy
+from geosurge import store as stores
 from geosurge.bundle import (
     ENCODER_DIRECTORY,
     GOLDEN_DIRECTORY,
@@ -166,6 +168,15 @@ def make_bundle(
     )
     finish_bundle(directory, manifest)
     return directory
+
+
+def make_store(store: Path, encoders: Mapping[str, ImageEncoder | None]) -> Path:
+    """Publishes a version for each name, no two alike, with its encoder; the first one is active."""
+    for seed, (name, encoder) in enumerate(encoders.items()):
+        with tempfile.TemporaryDirectory() as directory:
+            source = make_bundle(Path(directory), seed=seed, name=name, encoder=encoder)
+            stores.publish(store, source, activate=seed == 0)
+    return store
 
 
 def _descendants(rng: np.random.Generator, cell: np.uint64, count: int) -> NDArray[np.uint64]:

@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from geosurge.encoder.model import ImageEncoder
 from geosurge.errors import DeadlineExceededError, GeoSurgeError, ShuttingDownError
 from geosurge.location import LocateOptions, Location
+from geosurge.server.handle import VersionHandle
 from geosurge.server.metrics import Metrics
-from geosurge.server.versions import VersionHandle
 
 logger = logging.getLogger(__name__)
 

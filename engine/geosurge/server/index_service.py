@@ -7,7 +7,8 @@ from typing import Any
 from geosurge.errors import OptionOutOfRangeError
 from geosurge.server.conversions import check_version_name
 from geosurge.server.interceptors import current_call
-from geosurge.server.versions import Versions, VersionState, VersionStatus
+from geosurge.server.policy import VersionState
+from geosurge.server.versions import Versions, VersionStatus
 from geosurge.v1 import index_pb2, index_pb2_grpc
 from geosurge.wire import error_to_status
 

@@ -63,7 +63,7 @@ from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions
 from geosurge.locator import Locator
 from geosurge.manifest import Manifest
-from geosurge.server.versions import LoadProgress, Needs, VersionHandle
+from geosurge.server.handle import LoadProgress, Needs, VersionHandle
 
 logger = logging.getLogger(__name__)
 

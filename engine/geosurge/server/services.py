@@ -32,8 +32,9 @@ from geosurge.server.conversions import (
     request_to_id,
     request_to_query,
 )
+from geosurge.server.handle import VersionHandle
 from geosurge.server.interceptors import current_call
-from geosurge.server.versions import VersionHandle, Versions
+from geosurge.server.versions import Versions
 from geosurge.settings import ServerSettings
 from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc
 from geosurge.wire import error_to_status, location_to_response

@@ -12,25 +12,23 @@
 A request acquires one handle when it begins and keeps it to its end, so that everything in an answer comes from one
 version however many are loaded and activated meanwhile. A handle is immutable; what changes is which one is active.
 
-`next_step`, a pure function, decides what has to be done before a version can be loaded. A load that fails, for
-whatever reason, changes nothing else.
+`geosurge.server.policy` decides what has to be done before a version can be loaded. A load that fails, for whatever
+reason, changes nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import hashlib
 import itertools
 import logging
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from geosurge import store as stores
 from geosurge.bundle import MANIFEST_FILE, read_manifest
@@ -49,125 +47,13 @@ from geosurge.errors import (
     VersionInUseError,
     VersionNotLoadedError,
 )
-from geosurge.locator import Locator
+from geosurge.server.handle import LoadProgress, Needs, VersionHandle
 from geosurge.server.metrics import Metrics
+from geosurge.server.policy import LOADED_STATES, Load, Refuse, Resident, Step, Unload, VersionState, next_step
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-
-
-class VersionState(enum.Enum):
-    """Where a version is in its life; see the module's table."""
-
-    LOADING = "loading"
-    READY = "ready"
-    ACTIVE = "active"
-    DRAINING = "draining"
-    UNLOADED = "unloaded"
-    FAILED = "failed"
-
-
-LOADED_STATES = frozenset({VersionState.READY, VersionState.ACTIVE})
-"""States in which requests may name a version."""
-
-
-class VersionHandle:
-    """One loaded index bundle.
-
-    A request that is cancelled releases its version at once, while a thread may still work for it. So whatever runs on
-    a thread uses the version inside `use`, and `close` waits for it.
-
-    Attributes:
-        name: Name of the bundle; every answer carries it.
-        locator: The opened bundle.
-    """
-
-    def __init__(self, name: str, locator: Locator) -> None:
-        self.name: Final = name
-        self.locator: Final = locator
-        self._changed = threading.Condition()
-        self._users = 0
-        self._closed = False
-
-    @contextlib.contextmanager
-    def use(self) -> Iterator[Locator]:
-        """Keeps the version open inside the ``with`` block, on any thread.
-
-        Raises:
-            IndexVersionUnknownError: It has been closed.
-        """
-        with self._changed:
-            if self._closed:
-                raise IndexVersionUnknownError(f"index version {self.name!r} has been unloaded")
-            self._users += 1
-        try:
-            yield self.locator
-        finally:
-            with self._changed:
-                self._users -= 1
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        """Waits until no thread uses the version, then frees it."""
-        with self._changed:
-            self._closed = True
-            while self._users:
-                self._changed.wait()
-        self.locator.close()
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What loading a version takes, read from its manifest.
-
-    Attributes:
-        memory_bytes: Estimate of the memory that it adds.
-        available_bytes: Memory that is free on its device.
-        create_time: When the bundle was built.
-        encoder_sha256: SHA-256 of its encoder; empty when it has none.
-    """
-
-    memory_bytes: int
-    available_bytes: int
-    create_time: datetime
-    encoder_sha256: str
-
-
-class LoadProgress:
-    """A load that is under way, shared by its thread and the event loop.
-
-    Attributes:
-        unload_first: Whether the active version may be unloaded to make room for it.
-        step: What is being done.
-        fraction: Fraction of the whole load that is done, 0 to 1.
-    """
-
-    def __init__(self, *, unload_first: bool = False) -> None:
-        self.unload_first = unload_first
-        self.step = "waiting"
-        self.fraction = 0.0
-        self._end: GeoSurgeError | None = None
-
-    @property
-    def is_given_up(self) -> bool:
-        """Whether nobody wants the load any more."""
-        return self._end is not None
-
-    def give_up(self, end: GeoSurgeError) -> None:
-        """Makes the load end with this error at its next step."""
-        self._end = end
-
-    def report(self, step: str, fraction: float) -> None:
-        """Reports the current step, and the fraction of the whole load that is done, 0 to 1.
-
-        Raises:
-            LoadSupersededError: Nobody wants the load any more.
-            ShuttingDownError: The server is stopping.
-        """
-        self.step, self.fraction = step, fraction
-        if self._end is not None:
-            raise self._end
 
 
 class VersionLoader(Protocol):
@@ -181,93 +67,6 @@ class VersionLoader(Protocol):
 
     async def close(self, handle: VersionHandle) -> None:
         """Frees a version."""
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A version that takes memory, as the policy sees it.
-
-    Attributes:
-        name: Its name.
-        state: READY, ACTIVE or DRAINING.
-        last_requested: Number of the last request to load or activate it; a lower one is older.
-        has_traffic: Whether, though not active, it gets requests: as the canary, or about to be activated.
-    """
-
-    name: str
-    state: VersionState
-    last_requested: int
-    has_traffic: bool = False
-
-
-@dataclass(frozen=True)
-class Load:
-    """There is room: load the version."""
-
-
-@dataclass(frozen=True)
-class Unload:
-    """Unload a version first."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class WaitForDrain:
-    """A version is draining; what it frees may suffice."""
-
-
-@dataclass(frozen=True)
-class Refuse:
-    """There is no room, and none can be made."""
-
-    reason: str
-
-
-Step: TypeAlias = Load | Unload | WaitForDrain | Refuse
-
-
-def next_step(
-    needed_bytes: int,
-    available_bytes: int,
-    residents: Sequence[Resident],
-    *,
-    max_versions: int,
-    unload_first: bool = False,
-) -> Step:
-    """Decides what to do next so that one more version can be loaded; ask again after each step.
-
-    Versions without traffic make room first, least recently requested first. The active version and others with traffic
-    stay, except that ``unload_first`` gives up the active one as a last resort.
-
-    Args:
-        needed_bytes: Estimate of the memory that the version takes.
-        available_bytes: Memory that is free.
-        residents: The versions in memory.
-        max_versions: Versions that may be in memory at once.
-        unload_first: Whether the active version may be unloaded first, so that requests are refused meanwhile.
-    """
-    fits_count = len(residents) < max_versions
-    if fits_count and needed_bytes <= available_bytes:
-        return Load()
-    if any(version.state is VersionState.DRAINING for version in residents):
-        return WaitForDrain()
-    spare = [version for version in residents if version.state is VersionState.READY and not version.has_traffic]
-    if spare:
-        return Unload(min(spare, key=lambda version: version.last_requested).name)
-    active = [version for version in residents if version.state is VersionState.ACTIVE]
-    if unload_first and active:
-        return Unload(active[0].name)
-    if not fits_count:
-        names = ", ".join(version.name for version in residents)
-        return Refuse(
-            f"{len(residents)} versions are loaded ({names}), as many as max_loaded_versions allows, and all have "
-            "traffic; end the canary, or ask to unload first"
-        )
-    return Refuse(
-        f"it takes about {needed_bytes / 1e6:,.0f} MB and {available_bytes / 1e6:,.0f} MB are free; free memory, or "
-        "ask to unload first"
-    )
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from geosurge.errors import (
 from geosurge.location import LocateOptions, Location
 from geosurge.locator import Locator
 from geosurge.server.batcher import Batcher
+from geosurge.server.handle import VersionHandle
 from geosurge.server.metrics import Metrics
-from geosurge.server.versions import VersionHandle
 
 OPTIONS = LocateOptions()
 

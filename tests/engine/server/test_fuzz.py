@@ -20,11 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.answers import Query, expected_answers, questions, same_answer
 from support.bad_requests import shows_code
-from support.bundles import make_bundle, tiny_encoder
+from support.bundles import make_store, tiny_encoder
 from support.processes import ServerProcess, geolocation, index_client, server_process
 from support.servers import DIMENSION, embedding, encoded_image
 
-from geosurge import store as stores
 from geosurge.v1 import cell_pb2, cell_pb2_grpc
 
 EXAMPLES = 150
@@ -37,11 +36,7 @@ Documented = set[tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fuzz")
-    for seed, name in enumerate(VERSIONS):
-        source = make_bundle(folder / name, seed=seed, name=name, encoder=tiny_encoder())
-        stores.publish(folder / "store", source, activate=seed == 0)
-    return folder / "store"
+    return make_store(tmp_path_factory.mktemp("fuzz") / "store", dict.fromkeys(VERSIONS, tiny_encoder()))
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,15 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from support.answers import question, reason_of
-from support.bundles import CREATE_TIME, make_bundle
+from support.bundles import CREATE_TIME, make_store
 from support.processes import geolocation
 from support.servers import embedding, running, settings_for
 
 from geosurge import store as stores
 from geosurge.errors import BundleCorruptError
 from geosurge.server.index_service import status_message
-from geosurge.server.versions import VersionState, VersionStatus
+from geosurge.server.policy import VersionState
+from geosurge.server.versions import VersionStatus
 from geosurge.v1 import index_pb2 as index
 from geosurge.v1 import index_pb2_grpc
 
@@ -27,10 +28,7 @@ Code = grpc.StatusCode
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    for seed, name in enumerate(("a", "b")):
-        source = make_bundle(tmp_path / name, seed=seed, name=name)
-        stores.publish(tmp_path / "store", source, activate=name == "a", verify=False)
-    return tmp_path / "store"
+    return make_store(tmp_path / "store", {"a": None, "b": None})
 
 
 @pytest.fixture

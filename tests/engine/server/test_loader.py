@@ -15,8 +15,8 @@ from support.bundles import make_bundle, tiny_encoder
 
 from geosurge.errors import BundlePartialError, LoadImpossibleError
 from geosurge.images import DEFAULT_LIMITS
+from geosurge.server.handle import LoadProgress
 from geosurge.server.loader import Loader, _private_directory, _remove_abandoned_copies, control_group_headrooms
-from geosurge.server.versions import LoadProgress
 
 
 def use_all_cores() -> None:

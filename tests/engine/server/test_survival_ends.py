@@ -13,7 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.answers import expected_answers, question, questions, reason_of, same_answer
-from support.bundles import make_bundle, tiny_encoder
+from support.bundles import make_store, tiny_encoder
 from support.processes import (
     CRASHING_STAGE,
     FAILING_ENCODER,
@@ -184,18 +184,14 @@ app.Versions.start = start_and_reload
 
 
 def test_a_reload_that_is_asked_for_during_the_start_is_made(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    for seed, name in enumerate(("one", "two")):
-        stores.publish(store, make_bundle(tmp_path / name, seed=seed, name=name), activate=name == "one")
+    store = make_store(tmp_path / "store", {"one": None, "two": None})
     with server_process(store, prelude=RELOADED_WHILE_STARTING, environment={"STORE": str(store)}) as server:
         wait_until(lambda: "activated index_version=two previous_version=one" in server.log, "two is active")
 
 
 async def test_sigterm_ends_an_activation_and_leaves_the_store_as_it_is(tmp_path: Path) -> None:
-    store, hold = tmp_path / "store", tmp_path / "hold"
-    for seed, name in enumerate(("one", "two")):
-        source = make_bundle(tmp_path / name, seed=seed, name=name, encoder=tiny_encoder(seed=seed))
-        stores.publish(store, source, activate=name == "one")
+    hold = tmp_path / "hold"
+    store = make_store(tmp_path / "store", {"one": tiny_encoder(seed=0), "two": tiny_encoder(seed=1)})
     with server_process(store, prelude=HELD_ENCODER, environment={"HOLD_FILE": str(hold)}) as server:
         hold.touch()
         with index_client(server) as index:

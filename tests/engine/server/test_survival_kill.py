@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from support.answers import expected_answers, questions, same_answer
-from support.bundles import make_bundle, tiny_encoder
+from support.bundles import make_store, tiny_encoder
 from support.processes import ServerProcess, geolocation, index_client, server_process
 from support.servers import embedding, encoded_image
 
@@ -23,10 +23,7 @@ QUERIES = [encoded_image(0), embedding(0), encoded_image(1), embedding(1)]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    for seed, name in enumerate(("a", "b")):
-        source = make_bundle(tmp_path / name, seed=seed, name=name, encoder=tiny_encoder())
-        stores.publish(tmp_path / "store", source, activate=name == "a")
-    return tmp_path / "store"
+    return make_store(tmp_path / "store", dict.fromkeys(("a", "b"), tiny_encoder()))
 
 
 class Administrator(threading.Thread):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.bundles import make_bundle, tiny_encoder
+from support.bundles import make_store, tiny_encoder
 from support.traffic import swap_under_load
-
-from geosurge import store as stores
 
 SECONDS = 60.0
 
@@ -16,10 +14,8 @@ SECONDS = 60.0
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Three versions that answer differently: a and b share an encoder, c has another."""
-    for seed, (name, encoder) in enumerate({"a": 0, "b": 0, "c": 1}.items()):
-        source = make_bundle(tmp_path / name, seed=seed, name=name, encoder=tiny_encoder(seed=encoder))
-        stores.publish(tmp_path / "store", source, activate=name == "a")
-    return tmp_path / "store"
+    first, second = tiny_encoder(seed=0), tiny_encoder(seed=1)
+    return make_store(tmp_path / "store", {"a": first, "b": first, "c": second})
 
 
 def test_no_call_fails_and_no_answer_mixes_versions_while_they_are_swapped(store: Path) -> None:
