@@ -207,5 +207,5 @@ class Fusion(nn.Module):
     def _embed(self, rgb: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
         context = self.vision_projection(rgb) + self.vision_position
         semantic = self.semantic_projection(fractions) + self.semantic_position
-        class_token = self.class_token.expand(len(semantic), 1, -1)
+        class_token = self.class_token.expand(semantic.shape[0], 1, -1)
         return torch.cat([class_token.to(semantic.dtype), semantic], dim=1), context

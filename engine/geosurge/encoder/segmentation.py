@@ -165,7 +165,7 @@ class Segmenter(nn.Module):
         inputs = normalise_pixels(pixels, self.config.image_size, self.config.mean, self.config.std)
         if self.config.task_tokens is not None:
             task_tokens = self.get_buffer("task_tokens")
-            outputs = self.backbone(inputs, task_inputs=task_tokens.expand(len(inputs), -1))
+            outputs = self.backbone(inputs, task_inputs=task_tokens.expand(inputs.shape[0], -1))
         else:
             outputs = self.backbone(inputs)
         if "class_queries_logits" not in outputs:

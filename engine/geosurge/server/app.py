@@ -91,7 +91,10 @@ class Server:
         self._tokens = Tokens.from_settings(settings)
         self._health = health.aio.HealthServicer()
         self._batcher = Batcher(
-            max_batch_size=settings.max_batch_size, decode_workers=settings.decode_workers, metrics=self.metrics
+            max_batch_size=settings.max_batch_size,
+            decode_workers=settings.decode_workers,
+            device=settings.device,
+            metrics=self.metrics,
         )
         self._admission = Admission(settings.max_concurrent_requests, settings.max_requests_per_peer)
         self._loader = Loader(

@@ -7,8 +7,12 @@
 | search | a thread | embeddings that queued while it was busy, of one version |
 
 FAISS and CUDA each want a single thread. A stage that is free takes what is there, up to the largest batch, without
-ever waiting for more. What comes next is decoded and what came before is searched meanwhile. The permits of
+waiting for more to come. What comes next is decoded and what came before is searched meanwhile. The permits of
 `geosurge.server.admission` bound what is queued in all stages together.
+
+Encoding on the CPU wants the cores that decode. There the two take turns, each on all cores: what has arrived is
+decoded, and then encoded in one batch. Side by side, batches are small and the one disturbs the other. A lone image
+waits for nothing, and nobody longer than `MAX_TURN_SECONDS`.
 
 A request that was cancelled, or whose deadline has passed, is left out when a batch is formed, and an answer that
 nobody waits for any more is dropped without touching the others. When work on a batch fails, its items fail, and the
@@ -28,7 +32,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +46,9 @@ from geosurge.server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+
+MAX_TURN_SECONDS: Final = 0.05
+"""For how long decoding and encoding wait for each other at most: a large photo, or an encoder, may take longer."""
 
 
 @dataclass(eq=False)
@@ -88,6 +95,7 @@ class _Stage:
         reject: Callable[[list[_Item], GeoSurgeError], None],
         crashed: Callable[[str], None],
         max_batch_size: int,
+        gather_seconds: float = 0.0,
     ) -> None:
         """Prepares the thread.
 
@@ -98,6 +106,7 @@ class _Stage:
             reject: Ends items with an error.
             crashed: Called with the name when the thread ends without having been asked to.
             max_batch_size: Most items of a batch.
+            gather_seconds: For how long an item waits at most for those that are expected.
         """
         self.name = name
         self._work = work
@@ -105,8 +114,11 @@ class _Stage:
         self._reject = reject
         self._crashed = crashed
         self._max_batch_size = max_batch_size
+        self._gather_seconds = gather_seconds
         self._changed = threading.Condition()
         self._queue: deque[_Item] = deque()
+        self._queued_since = 0.0
+        self._expected = 0
         self._calls: deque[_Call] = deque()
         self._stopping = False
         self._busy_since = math.inf
@@ -124,6 +136,13 @@ class _Stage:
         """Starts the thread."""
         self._thread.start()
 
+    def expect(self, change: int) -> None:
+        """Says that so many more items are on their way, or, below 0, that they are not any more."""
+        with self._changed:
+            self._expected += change
+            if self._queue and not self._expected:
+                self._changed.notify()
+
     def put(self, items: Sequence[_Item]) -> None:
         """Queues items.
 
@@ -132,8 +151,12 @@ class _Stage:
         """
         with self._changed:
             self._check_open()
+            is_first = not self._queue
+            if is_first:
+                self._queued_since = time.monotonic()
             self._queue.extend(items)
-            self._changed.notify()
+            if is_first or self._gather_rest() <= 0:
+                self._changed.notify()
 
     def call(self, function: Callable[[], _Result]) -> Future[_Result]:
         """Runs a function on the thread, before the next batch.
@@ -158,7 +181,7 @@ class _Stage:
 
     def _check_open(self) -> None:
         if self._stopping:
-            raise ShuttingDownError("the server is stopping; send the request again, to another one")
+            raise _stopping()
 
     def _run(self) -> None:
         try:
@@ -184,8 +207,8 @@ class _Stage:
         batch: list[_Item] = []
         expired: list[_Item] = []
         with self._changed:
-            while not (self._calls or self._queue or self._stopping):
-                self._changed.wait()
+            while not (self._calls or self._stopping or (self._queue and self._gather_rest() <= 0)):
+                self._changed.wait(self._gather_rest() if self._queue else None)
             if self._calls:
                 call = self._calls.popleft()
             elif self._queue:
@@ -205,6 +228,12 @@ class _Stage:
                 raise
         self._busy_since = math.inf
         return True
+
+    def _gather_rest(self) -> float:
+        """For how long the next batch may still wait for what is expected, seconds."""
+        if not self._expected or len(self._queue) >= self._max_batch_size:
+            return 0.0
+        return self._queued_since + self._gather_seconds - time.monotonic()
 
     def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
         """Takes the oldest item and what can go with it; also what has expired. Cancelled ones are dropped."""
@@ -229,8 +258,13 @@ class _Stage:
 class Batcher:
     """Owns the stages; `locate` belongs to the event loop that called `start`."""
 
-    def __init__(self, *, max_batch_size: int, decode_workers: int, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, *, max_batch_size: int, decode_workers: int, device: str = "cpu", metrics: Metrics | None = None
+    ) -> None:
         self._metrics = metrics or Metrics()
+        self._takes_turns = device == "cpu"
+        self._may_decode = threading.Event()
+        self._may_decode.set()
         self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="geosurge-decode")
         self._encode = _Stage(
             "encode",
@@ -239,6 +273,7 @@ class Batcher:
             reject=self._reject,
             crashed=self._crash,
             max_batch_size=max_batch_size,
+            gather_seconds=MAX_TURN_SECONDS if self._takes_turns else 0.0,
         )
         self._search = _Stage(
             "search",
@@ -308,13 +343,7 @@ class Batcher:
         item = _Item(handle, options, answer, deadline, time.perf_counter())
         if isinstance(query, bytes):
             item.encoder, item.image = handle.locator.encoder, query
-            try:
-                item.pixels, item.decode_ms = await self.in_decoder(_decode, item)
-            finally:
-                # A caller that is gone leaves its place in the decoders' queue, but not its image.
-                item.image = None
-            self._metrics.stage("decode", item.decode_ms / 1000)
-            self._encode.put([item])
+            location = await self._locate_image(item)
         else:
             # What else can be wrong is found by the search; these two would cost its other items time, or an answer.
             if options.region_tokens:
@@ -323,9 +352,23 @@ class Batcher:
                 handle.locator.normalise_embedding(query)
             item.embedding = query
             self._search.put([item])
-        location = await answer
+            location = await answer
         self._metrics.stage("queue", location.timings.queue_ms / 1000)
         return location
+
+    async def _locate_image(self, item: _Item) -> Location:
+        try:
+            decoding = self._decoders.submit(self._decode, item)
+        except RuntimeError as error:
+            raise _stopping() from error
+        self._encode.expect(1)
+        decoding.add_done_callback(lambda _: self._encode.expect(-1))
+        try:
+            return await item.answer
+        finally:
+            # A caller that is gone leaves its place in the decoders' queue, but not its image.
+            decoding.cancel()
+            item.image = None
 
     async def in_decoder(self, function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
         """Runs a function that would block the event loop for too long on a decoding thread."""
@@ -345,12 +388,27 @@ class Batcher:
         self._search.stop()
         self._decoders.shutdown(wait=True)
 
+    def _decode(self, item: _Item) -> None:
+        self._may_decode.wait(MAX_TURN_SECONDS)
+        try:
+            _decode(item)
+            self._encode.put([item])
+        except Exception as error:  # noqa: BLE001
+            self._deliver([item], [error])
+        else:
+            self._metrics.stage("decode", item.decode_ms / 1000)
+
     def _encode_batch(self, batch: list[_Item]) -> None:
         begun = time.perf_counter()
         try:
             pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
             assert batch[0].encoder is not None
-            embeddings = batch[0].encoder.encode(pixels)
+            if self._takes_turns:
+                self._may_decode.clear()
+            try:
+                embeddings = batch[0].encoder.encode(pixels)
+            finally:
+                self._may_decode.set()
         except Exception:  # noqa: BLE001
             self._reject(batch, _failure("encode", batch))
             _check_encoder(batch[0])
@@ -389,12 +447,12 @@ class Batcher:
         # An exception that several tasks raise would collect the tracebacks of all.
         self._deliver(items, [type(error)(str(error)) for _ in items])
 
-    def _deliver(self, batch: Sequence[_Item], outcomes: Sequence[Location | GeoSurgeError]) -> None:
+    def _deliver(self, batch: Sequence[_Item], outcomes: Sequence[Location | Exception]) -> None:
         def resolve() -> None:
             for item, outcome in zip(batch, outcomes, strict=True):
                 if item.answer.done():
                     continue
-                if isinstance(outcome, GeoSurgeError):
+                if isinstance(outcome, Exception):
                     item.answer.set_exception(outcome)
                 else:
                     item.answer.set_result(outcome)
@@ -416,15 +474,15 @@ class Batcher:
             logger.warning("the event loop ended before everything was answered")
 
 
-def _decode(item: _Item) -> tuple[NDArray[np.uint8], float]:
+def _decode(item: _Item) -> None:
     image = item.image
     if image is None or time.monotonic() >= item.deadline:
         raise _expired()
     with item.handle.use() as locator:
         locator.validate_options(item.options)
         begun = time.perf_counter()
-        pixels = locator.preprocess(image)
-    return pixels, 1000 * (time.perf_counter() - begun)
+        item.pixels = locator.preprocess(image)
+    item.decode_ms = 1000 * (time.perf_counter() - begun)
 
 
 def _validate(handle: VersionHandle, options: LocateOptions) -> None:
@@ -466,6 +524,10 @@ def _with_timings(item: _Item, location: Location, search_begun: float) -> Locat
     queue_ms = 1000 * (search_begun - item.arrived_at) - item.decode_ms - item.encode_ms
     timings = replace(location.timings, decode_ms=item.decode_ms, queue_ms=queue_ms, encode_ms=item.encode_ms)
     return replace(location, timings=timings)
+
+
+def _stopping() -> ShuttingDownError:
+    return ShuttingDownError("the server is stopping; send the request again, to another one")
 
 
 def _crashed() -> GeoSurgeError:

@@ -169,8 +169,11 @@ class Loader:
         )
 
     def _open(self, name: str, path: Path, progress: LoadProgress, rest_ratio: float) -> VersionHandle:
-        with _telling_the_machine_apart(self._scratch):
-            return self._pass_gate(name, path, progress, rest_ratio)
+        # On a thread that ends afterwards. While more than one thread has an OpenMP team, the members of each sleep
+        # between two operations instead of spinning, and encoding takes twice as long: the team of the encoding thread
+        # has to be the only one.
+        with _telling_the_machine_apart(self._scratch), ThreadPoolExecutor(1, "geosurge-loader") as thread:
+            return thread.submit(self._pass_gate, name, path, progress, rest_ratio).result()
 
     def _pass_gate(self, name: str, path: Path, progress: LoadProgress, rest_ratio: float) -> VersionHandle:
         progress.report("reading the manifest", 0.0)
@@ -189,7 +192,7 @@ class Loader:
             private = _copy(bundle, directory, progress, rest_ratio, with_encoder=is_new_encoder)
             if private.encoder_path is not None and is_new_encoder:
                 progress.report("loading the encoder", _READ_SHARE)
-                encoder = _load_encoder(private.encoder_path, self.device)
+                encoder = ImageEncoder.load(private.encoder_path, self.device)
                 check_encoder_identity(private, encoder)
             progress.report("opening the indexes", 0.8)
             locator = Locator.assemble(private, encoder, self.device, limits=self._limits)
@@ -334,16 +337,6 @@ def _telling_the_machine_apart(scratch: Path) -> Iterator[None]:
                 "another directory (scratch)"
             ) from error
         raise
-
-
-def _load_encoder(path: Path, device: str) -> ImageEncoder:
-    """Loads an encoder on a thread that ends afterwards.
-
-    While more than one thread has an OpenMP team, the members of each sleep between two operations instead of spinning,
-    and encoding takes twice as long. So the team of the encoding thread has to be the only one.
-    """
-    with ThreadPoolExecutor(1, "geosurge-encoder-loader") as thread:
-        return thread.submit(ImageEncoder.load, path, device).result()
 
 
 def _encoder_key(manifest: Manifest) -> _EncoderKey:
