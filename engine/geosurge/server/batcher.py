@@ -414,14 +414,14 @@ class Batcher:
             _check_encoder(batch[0])
             return
         seconds = time.perf_counter() - begun
-        self._metrics.stage("encode", seconds)
-        self._metrics.batch("encode", len(batch))
         for item, embedding in zip(batch, embeddings, strict=True):
             item.embedding, item.pixels, item.encode_ms = embedding, None, 1000 * seconds
         try:
             self._search.put(batch)
         except ShuttingDownError as error:
             self._reject(batch, error)
+        self._metrics.stage("encode", seconds)
+        self._metrics.batch("encode", len(batch))
 
     def _search_batch(self, batch: list[_Item]) -> None:
         begun = time.perf_counter()
@@ -433,8 +433,7 @@ class Batcher:
             self._reject(batch, _failure("search", batch))
             _check_search(batch[0])
             return
-        self._metrics.stage("search", time.perf_counter() - begun)
-        self._metrics.batch("search", len(batch))
+        seconds = time.perf_counter() - begun
         self._deliver(
             batch,
             [
@@ -442,6 +441,8 @@ class Batcher:
                 for item, outcome in zip(batch, outcomes, strict=True)
             ],
         )
+        self._metrics.stage("search", seconds)
+        self._metrics.batch("search", len(batch))
 
     def _reject(self, items: list[_Item], error: GeoSurgeError) -> None:
         # An exception that several tasks raise would collect the tracebacks of all.
