@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,9 @@ Query: TypeAlias = "ImageSource | NDArray[np.floating[Any]]"
 """An image, or an embedding of shape (d,)."""
 
 DEFAULT_TIMEOUT_SECONDS: Final = 30.0
+
+_MESSAGE_BYTES: Final = 1 << 16
+"""A message of a stream takes no further request when it has so many."""
 
 _LARGEST_IMAGE_BYTES: Final = 500_000_000
 """No server can be set to accept more, and protobuf itself ends at two gigabytes."""
@@ -280,7 +284,7 @@ class Client:
             time.sleep(pause)
 
     def _answers(
-        self, feed: Feed[Query, geolocation_pb2.LocateStreamRequest], timeout: float
+        self, feed: Feed[Query, geolocation_pb2.LocateRequest], timeout: float
     ) -> Iterator[Location | GeoSurgeError]:
         attempts = _Attempts(self.address, self._connection, self._retry, timeout)
         stream: _Stream | None = None
@@ -291,15 +295,15 @@ class Client:
                     yield entry.error
                     continue
                 try:
-                    stream = stream or _Stream(self._geolocation.LocateStream, feed.requests())
-                    response = stream.read(attempts.remaining_seconds)
+                    stream = stream or _Stream(self._geolocation.LocateStream, _messages(feed.requests()))
+                    result = stream.read(attempts.remaining_seconds)
                 except grpc.RpcError as error:
                     stream = None
                     time.sleep(attempts.pause_after(error))
                     continue
                 feed.pop()
                 attempts.succeed()
-                yield _outcome(response)
+                yield _outcome(result)
         finally:
             if stream is not None:
                 stream.close()
@@ -376,6 +380,7 @@ class AsyncClient:
         feed = AsyncFeed(queries, lambda query: _entry(query, options, index_version, limit), window)
         attempts = _Attempts(self.address, self._connection, self._retry, timeout)
         stream: Any = None
+        results: deque[geolocation_pb2.LocateResult] = deque()
         try:
             while (entry := await feed.head()) is not None:
                 if entry.error is not None:
@@ -383,15 +388,15 @@ class AsyncClient:
                     yield entry.error
                     continue
                 try:
-                    stream = stream or self._geolocation.LocateStream(feed.requests())
-                    response = await _read(stream, attempts.remaining_seconds)
+                    stream = stream or self._geolocation.LocateStream(_async_messages(feed.requests()))
+                    results = results or deque((await _read(stream, attempts.remaining_seconds)).results)
                 except grpc.RpcError as error:
                     stream = None
                     await asyncio.sleep(attempts.pause_after(error))
                     continue
                 await feed.pop()
                 attempts.succeed()
-                yield _outcome(response)
+                yield _outcome(results.popleft())
         finally:
             feed.close()
             if stream is not None:
@@ -487,12 +492,12 @@ class _Attempts:
 class _Stream:
     """One connection of `Client.locate_many`. A thread receives, so that the consumer can give up waiting."""
 
-    def __init__(self, method: Any, requests: Iterator[geolocation_pb2.LocateStreamRequest]) -> None:  # noqa: ANN401
-        self._call = method(requests)
+    def __init__(self, method: Any, messages: Iterator[geolocation_pb2.LocateStreamRequest]) -> None:  # noqa: ANN401
+        self._call = method(messages)
         self._received: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._receive, name="geosurge-receive", daemon=True).start()
 
-    def read(self, timeout_seconds: float) -> geolocation_pb2.LocateStreamResponse:
+    def read(self, timeout_seconds: float) -> geolocation_pb2.LocateResult:
         """The next answer.
 
         Raises:
@@ -505,8 +510,8 @@ class _Stream:
             raise _late(timeout_seconds) from None
         if isinstance(received, Exception):
             raise received
-        response: geolocation_pb2.LocateStreamResponse = received
-        return response
+        result: geolocation_pb2.LocateResult = received
+        return result
 
     def close(self) -> None:
         """Ends the connection."""
@@ -515,14 +520,15 @@ class _Stream:
     def _receive(self) -> None:
         try:
             for response in self._call:
-                self._received.put(response)
+                for result in response.results:
+                    self._received.put(result)
             self._received.put(_ended_early())
         except grpc.RpcError as error:
             self._received.put(error)
 
 
 async def _read(stream: Any, timeout_seconds: float) -> geolocation_pb2.LocateStreamResponse:  # noqa: ANN401
-    """The next answer of an asynchronous stream; raises as `_Stream.read`."""
+    """The next answers of an asynchronous stream; raises as `_Stream.read`."""
     try:
         async with asyncio.timeout(timeout_seconds):
             response = await stream.read()
@@ -578,10 +584,38 @@ def _unanswered(address: str, timeout_seconds: float) -> str:
     return f"the server at {address} did not answer within {timeout_seconds:g} s"
 
 
-def _outcome(response: geolocation_pb2.LocateStreamResponse) -> Location | GeoSurgeError:
-    if response.HasField("status"):
-        return status_to_error(response.status)
-    return response_to_location(response.response)
+def _outcome(result: geolocation_pb2.LocateResult) -> Location | GeoSurgeError:
+    if result.HasField("status"):
+        return status_to_error(result.status)
+    return response_to_location(result.response)
+
+
+def _messages(
+    groups: Iterator[list[geolocation_pb2.LocateRequest]],
+) -> Iterator[geolocation_pb2.LocateStreamRequest]:
+    for group in groups:
+        yield from _split(group)
+
+
+async def _async_messages(
+    groups: AsyncIterator[list[geolocation_pb2.LocateRequest]],
+) -> AsyncIterator[geolocation_pb2.LocateStreamRequest]:
+    async for group in groups:
+        for message in _split(group):
+            yield message
+
+
+def _split(group: list[geolocation_pb2.LocateRequest]) -> Iterator[geolocation_pb2.LocateStreamRequest]:
+    """Messages with these requests; one that has `_MESSAGE_BYTES` takes no more."""
+    message, size = geolocation_pb2.LocateStreamRequest(), 0
+    for request in group:
+        message.requests.append(request)
+        size += request.ByteSize()
+        if size >= _MESSAGE_BYTES:
+            yield message
+            message, size = geolocation_pb2.LocateStreamRequest(), 0
+    if message.requests:
+        yield message
 
 
 def _locate_request(
@@ -601,15 +635,14 @@ def _locate_request(
 
 def _entry(
     query: Query, options: LocateOptions | None, index_version: str, max_image_bytes: int
-) -> Entry[geolocation_pb2.LocateStreamRequest]:
+) -> Entry[geolocation_pb2.LocateRequest]:
     """Prepares a query of a stream. One that the server would have to refuse by ending the stream is refused here."""
     try:
         is_embedding = isinstance(query, np.ndarray) and query.ndim == 1
         content = _embedding(query) if is_embedding else _encoded(query, max_image_bytes)
     except GeoSurgeError as error:
         return Entry(error=error)
-    request = _locate_request(content, options, index_version)
-    return Entry(request=geolocation_pb2.LocateStreamRequest(request=request))
+    return Entry(request=_locate_request(content, options, index_version))
 
 
 def _embedding(embedding: Any) -> NDArray[np.floating[Any]]:  # noqa: ANN401

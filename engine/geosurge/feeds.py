@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 from geosurge.errors import GeoSurgeError
@@ -65,8 +66,11 @@ class Feed(Generic[QueryT, RequestT]):
             self._cursor = max(self._cursor - 1, 0)
             self._changed.notify_all()
 
-    def requests(self) -> Iterator[RequestT]:
-        """Requests for a new connection, from the oldest unanswered on; ends those of the connection before."""
+    def requests(self) -> Iterator[list[RequestT]]:
+        """Requests for a new connection, from the oldest unanswered on, as many at a time as are there.
+
+        It ends those of the connection before.
+        """
         with self._changed:
             self._connection += 1
             self._cursor = 0
@@ -80,7 +84,7 @@ class Feed(Generic[QueryT, RequestT]):
             self._finished = True
             self._changed.notify_all()
 
-    def _requests(self, connection: int) -> Iterator[RequestT]:
+    def _requests(self, connection: int) -> Iterator[list[RequestT]]:
         while True:
             with self._changed:
                 self._changed.wait_for(
@@ -88,10 +92,10 @@ class Feed(Generic[QueryT, RequestT]):
                 )
                 if self._closed or connection != self._connection or self._cursor >= len(self._entries):
                     return
-                entry = self._entries[self._cursor]
-                self._cursor += 1
-            if entry.request is not None:
-                yield entry.request
+                entries = list(islice(self._entries, self._cursor, None))
+                self._cursor += len(entries)
+            if requests := [entry.request for entry in entries if entry.request is not None]:
+                yield requests
 
     def _pull(self, queries: Iterable[QueryT], prepare: Callable[[QueryT], Entry[RequestT]]) -> None:
         try:
@@ -146,7 +150,7 @@ class AsyncFeed(Generic[QueryT, RequestT]):
             self._cursor = max(self._cursor - 1, 0)
             self._changed.notify_all()
 
-    async def requests(self) -> AsyncIterator[RequestT]:
+    async def requests(self) -> AsyncIterator[list[RequestT]]:
         """As `Feed.requests`; a connection begins when its first request is asked for."""
         async with self._changed:
             self._connection += 1
@@ -159,10 +163,10 @@ class AsyncFeed(Generic[QueryT, RequestT]):
                 )
                 if connection != self._connection or self._cursor >= len(self._entries):
                     return
-                entry = self._entries[self._cursor]
-                self._cursor += 1
-            if entry.request is not None:
-                yield entry.request
+                entries = list(islice(self._entries, self._cursor, None))
+                self._cursor += len(entries)
+            if requests := [entry.request for entry in entries if entry.request is not None]:
+                yield requests
 
     def close(self) -> None:
         """Ends the pulling."""

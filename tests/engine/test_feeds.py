@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from itertools import chain
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,12 @@ def prepare(query: int) -> Entry[int]:
     return Entry(error=InputError("odd")) if query % 2 else Entry(request=query)
 
 
+async def flat(groups: AsyncIterator[list[int]]) -> AsyncIterator[int]:
+    async for group in groups:
+        for request in group:
+            yield request
+
+
 def consume(feed: Feed[int, int], break_after: set[int]) -> list[int | None]:
     """Answers every request with itself; some connections break before an answer arrives."""
     answers: list[int | None] = []
@@ -26,7 +33,7 @@ def consume(feed: Feed[int, int], break_after: set[int]) -> list[int | None]:
             answers.append(None)
             feed.pop()
             continue
-        requests = requests or feed.requests()
+        requests = requests or chain.from_iterable(feed.requests())
         answer = next(requests)
         if len(answers) in break_after:
             break_after.discard(len(answers))
@@ -57,7 +64,7 @@ def test_a_feed_pulls_no_further_than_its_window() -> None:
             yield number
 
     feed = Feed(queries(), prepare, 4)
-    requests = feed.requests()
+    requests = chain.from_iterable(feed.requests())
     assert [next(requests) for _ in range(4)] == [0, 2, 4, 6]
     # One more is prepared, waiting for its place.
     while len(pulled) < 5:
@@ -78,11 +85,22 @@ def test_answers_come_while_the_iterable_still_waits() -> None:
 
     feed = Feed(queries(), prepare, 8)
     requests = feed.requests()
-    assert next(requests) == 0
+    assert next(requests) == [0]
     feed.pop()
     more.set()
-    assert next(requests) == 2
+    assert next(requests) == [2]
     feed.close()
+
+
+def test_requests_that_are_there_come_at_once() -> None:
+    feed = Feed([0, 1, 2, 4, 6], prepare, 4)
+    while len(feed._entries) < 4:
+        time.sleep(0.001)
+    requests = feed.requests()
+    assert next(requests) == [0, 2, 4]
+    for _ in range(4):
+        feed.pop()
+    assert list(requests) == [[6]]
 
 
 def test_what_the_iterable_raises_comes_after_the_answers_before_it() -> None:
@@ -108,7 +126,7 @@ async def test_the_asynchronous_feed_does_the_same() -> None:
     for source in (queries(), [0, 1, 2]):
         feed = AsyncFeed(source, prepare, 2)
         answers: list[int | None] = []
-        requests = feed.requests()
+        requests = flat(feed.requests())
         while (entry := await feed.head()) is not None:
             if entry.request is not None:
                 assert await anext(requests) == entry.request
@@ -121,10 +139,10 @@ async def test_the_asynchronous_feed_does_the_same() -> None:
 
 async def test_a_new_connection_starts_with_the_oldest_unanswered() -> None:
     feed = AsyncFeed([0, 2, 4, 6], prepare, 4)
-    first = feed.requests()
+    first = flat(feed.requests())
     assert [await anext(first) for _ in range(3)] == [0, 2, 4]
     await feed.pop()
-    second = feed.requests()
+    second = flat(feed.requests())
     assert [request async for request in second] == [2, 4, 6]
     assert [request async for request in first] == []
     feed.close()

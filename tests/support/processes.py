@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from geosurge.index_client import IndexClient
 from geosurge.settings import ENVIRONMENT_PREFIX
-from geosurge.v1 import geolocation_pb2_grpc
+from geosurge.v1 import geolocation_pb2, geolocation_pb2_grpc
 
 PATIENCE_SECONDS = 120.0
 """Longest that anything here is waited for; on a busy machine a start alone can take a minute."""
@@ -241,6 +241,13 @@ def index_client(server: ServerProcess) -> IndexClient:
 def geolocation(channel: grpc.Channel | grpc.aio.Channel) -> Any:
     """The stub of the service that locates."""
     return geolocation_pb2_grpc.GeolocationServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+async def results(call: Any) -> AsyncIterator[geolocation_pb2.LocateResult]:
+    """The results of a stream, whatever messages they come in."""
+    async for message in call:
+        for result in message.results:
+            yield result
 
 
 def _command(prelude: str, flags: Mapping[str, object]) -> list[str]:

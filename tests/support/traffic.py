@@ -262,13 +262,14 @@ async def _ask_in_stream(
                 if over.is_set():
                     break
                 number, item = turn % len(asked), pb.LocateStreamRequest()
-                item.request.CopyFrom(asked[number])
-                item.request.request_id = f"{client}-{turn}"
+                request = item.requests.add()
+                request.CopyFrom(asked[number])
+                request.request_id = f"{client}-{turn}"
                 begun = time.perf_counter()
                 await call.write(item)
-                answer = await asyncio.wait_for(call.read(), CALL_SECONDS)
+                [answer] = (await asyncio.wait_for(call.read(), CALL_SECONDS)).results
                 if answer.HasField("response"):
-                    log.answered(number, item.request.request_id, answer.response, time.perf_counter() - begun)
+                    log.answered(number, request.request_id, answer.response, time.perf_counter() - begun)
                 else:
                     log.failures[f"item: {answer.status.message}"] += 1
             await call.done_writing()

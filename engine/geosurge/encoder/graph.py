@@ -77,13 +77,12 @@ def _run(graph: _Graph, pixels: Tensor, weights: Sequence[Tensor]) -> Tensor:
     parts = min(threads, len(pixels) // _MIN_PART_SIZE)
     if parts < 2:
         return graph(pixels, *weights)
-    pool = _part_threads(threads)
-    # All but one in the pool would be more frugal, but this thread's operations are not to be computed by one thread.
-    return torch.cat(list(pool.map(lambda part: _run_part(graph, part, weights), pixels.tensor_split(parts))))
+    run = functools.partial(_run_part, graph, weights)
+    return torch.cat(list(_part_threads(threads).map(run, pixels.tensor_split(parts))))
 
 
 @torch.inference_mode()
-def _run_part(graph: _Graph, pixels: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _run_part(graph: _Graph, weights: Sequence[Tensor], pixels: Tensor) -> Tensor:
     return graph(pixels, *weights)
 
 
@@ -109,7 +108,7 @@ def _part_threads(count: int) -> ThreadPoolExecutor:
 def _places(encoder: ImageEncoder) -> Iterator[_Place]:
     """Every parameter and buffer; one that two modules share comes twice, at both of its places."""
     for module in encoder.modules():
-        for tensors in (module._parameters, module._buffers):  # noqa: SLF001 - no other way to put a tensor in for one
+        for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     yield tensors, name
@@ -131,7 +130,9 @@ def _record(encoder: ImageEncoder, places: Sequence[_Place]) -> _Graph | None:
     try:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph: _Graph = torch.jit.trace(forward, (_pixels(encoder, 2), *weights), check_trace=False)
+            graph: _Graph = torch.jit.trace(  # type: ignore[no-untyped-call]
+                forward, (_pixels(encoder, 2), *weights), check_trace=False
+            )
             halved = [weight / 2 if weight.is_floating_point() else weight for weight in weights]
             for size in _CHECKED_BATCH_SIZES:
                 pixels = _pixels(encoder, size)

@@ -139,7 +139,7 @@ class ImageEncoder(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A graph cannot be copied; a copy of the encoder works without.
-        return {**super().__getstate__(), "_graph": None}  # type: ignore[misc]
+        return {**self.__dict__, "_graph": None}
 
     @property
     def dimension(self) -> int:
@@ -222,12 +222,9 @@ class ImageEncoder(nn.Module):
         batch = self._batch(pixels)
         if len(batch) == 0:
             return np.empty((0, self.dimension), dtype=np.float32)
-        if self._graph is not None and batch.device.type == "cpu":
-            embeddings = self._graph(batch)
-        else:
-            embeddings = self(batch)
-        array: npt.NDArray[np.float32] = embeddings.cpu().numpy()
-        return array
+        forward = self._graph if self._graph is not None and batch.device.type == "cpu" else self
+        embeddings: npt.NDArray[np.float32] = forward(batch).cpu().numpy()
+        return embeddings
 
     @torch.inference_mode()
     def attention_weights(self, pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
@@ -343,7 +340,7 @@ class ImageEncoder(nn.Module):
         except RuntimeError as error:
             raise EncoderError(f"encoder in {directory}: weights do not fit the configuration: {error}") from error
         # The convolutions' weights too: in another layout they are rearranged at every call.
-        encoder = encoder.to(device, memory_format=torch.channels_last).eval()
+        encoder = encoder.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         if encoder.device.type == "cpu":
-            encoder._graph = as_graph(encoder)  # noqa: SLF001
+            encoder._graph = as_graph(encoder)
         return encoder

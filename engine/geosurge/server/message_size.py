@@ -18,13 +18,13 @@ MAX_BYTES_BESIDES_IMAGE: Final = 1 << 20
 """Largest message, less the image in it: four times the longest embedding."""
 
 _MAX_FIELDS: Final = 32
-"""Fields of one message that are looked at: today's requests have four."""
+"""Fields of one message that are looked at: a request has four, and a message of a stream one for each request."""
 
 # A tag is the number of a field and, in its three last bits, how its content is written.
 _VARINT, _COUNTED_BYTES = 0, 2
 _FIXED_SIZES: Final = {1: 8, 5: 4}
 _IMAGE: Final = geolocation_pb2.LocateRequest.IMAGE_FIELD_NUMBER << 3 | _COUNTED_BYTES
-_REQUEST: Final = geolocation_pb2.LocateStreamRequest.REQUEST_FIELD_NUMBER << 3 | _COUNTED_BYTES
+_REQUEST: Final = geolocation_pb2.LocateStreamRequest.REQUESTS_FIELD_NUMBER << 3 | _COUNTED_BYTES
 _TAGS_TO_IMAGE: Final = {
     "/geosurge.v1.GeolocationService/Locate": (_IMAGE,),
     "/geosurge.v1.GeolocationService/LocateStream": (_REQUEST, _IMAGE),

@@ -44,8 +44,16 @@ _MAX_PAGE_TOKEN_LENGTH: Final = 4096
 
 _Result = TypeVar("_Result")
 
+_RESPONSE_BYTES: Final = 1 << 16
+"""A message of a stream takes no further result when it has so many."""
+
+
+class _StreamEnd:
+    """Ends a stream that has been answered."""
+
+
 # What a stream's writer is handed, in order: an item's task, or how the stream ends.
-_Answer = asyncio.Task[geolocation_pb2.LocateStreamResponse] | GeoSurgeError | None
+_Answer = asyncio.Task[geolocation_pb2.LocateResult] | GeoSurgeError | _StreamEnd
 
 
 class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
@@ -94,18 +102,17 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
             read = self._read(requests, group, answers, window, deadline=deadline, peer=peer_address(context))
             reading = group.create_task(read)
             watching = group.create_task(self._end_when_stopping(reading))
-            error: GeoSurgeError | None = None
-            while (answer := await answers.get()) is not None:
-                if isinstance(answer, GeoSurgeError):
-                    error = answer
-                    break
-                response = await answer
-                call.item_count += 1
-                await context.write(response)
-                window.release()
+            answer: _Answer | None = await answers.get()
+            while isinstance(answer, asyncio.Task):
+                results, answer = await _ready_results(answer, answers)
+                call.item_count += len(results)
+                await context.write(geolocation_pb2.LocateStreamResponse(results=results))
+                for _ in results:
+                    window.release()
+                answer = answer or await answers.get()
             watching.cancel()
-        if error is not None:
-            raise error
+        if isinstance(answer, GeoSurgeError):
+            raise answer
 
     async def GetInfo(  # noqa: N802
         self,
@@ -130,7 +137,7 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
 
     async def _locate_item(
         self, request: geolocation_pb2.LocateRequest, deadline: float
-    ) -> geolocation_pb2.LocateStreamResponse:
+    ) -> geolocation_pb2.LocateResult:
         request_id = request_to_id(request)
         try:
             response = await self._locate(request, request_id, deadline)
@@ -138,8 +145,8 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
             error = exception_to_error(exception, request_id)
             current_call().item_failed(error.reason)
             status = error_to_status(error, {"request_id": request_id})
-            return geolocation_pb2.LocateStreamResponse(request_id=request_id, status=status)
-        return geolocation_pb2.LocateStreamResponse(request_id=request_id, response=response)
+            return geolocation_pb2.LocateResult(request_id=request_id, status=status)
+        return geolocation_pb2.LocateResult(request_id=request_id, response=response)
 
     async def _read(
         self,
@@ -152,22 +159,23 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         peer: str,
     ) -> None:
         """Turns requests into tasks, in order, as permits and the window allow; then says how the stream ends."""
-        end: GeoSurgeError | None = None
+        end: GeoSurgeError | _StreamEnd = _StreamEnd()
         limit = self._settings.max_stream_items
         count = 0
         try:
-            async for item in requests:
-                if count == limit:
-                    raise StreamLimitError(
-                        f"the stream has had {limit} items, as many as it may; open another for the rest"
-                    )
-                count += 1
-                await window.acquire()
-                permit = await self._admission.wait(peer)
-                task = group.create_task(self._locate_item(item.request, deadline))
-                # A task that is cancelled before its first step runs none of its own code.
-                task.add_done_callback(_releaser(permit))
-                answers.put_nowait(task)
+            async for message in requests:
+                for request in message.requests:
+                    if count == limit:
+                        raise StreamLimitError(
+                            f"the stream has had {limit} items, as many as it may; open another for the rest"
+                        )
+                    count += 1
+                    await window.acquire()
+                    permit = await self._admission.wait(peer)
+                    task = group.create_task(self._locate_item(request, deadline))
+                    # A task that is cancelled before its first step runs none of its own code.
+                    task.add_done_callback(_releaser(permit))
+                    answers.put_nowait(task)
         except asyncio.CancelledError:
             if not self._stopping.is_set():
                 raise
@@ -179,6 +187,21 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
     async def _end_when_stopping(self, reading: asyncio.Task[None]) -> None:
         await self._stopping.wait()
         reading.cancel()
+
+
+async def _ready_results(
+    first: asyncio.Task[geolocation_pb2.LocateResult], answers: asyncio.Queue[_Answer]
+) -> tuple[list[geolocation_pb2.LocateResult], _Answer | None]:
+    """Waits for a result and takes those after it that are ready; also what was taken off the queue and is not."""
+    results = [await first]
+    size = results[0].ByteSize()
+    while size < _RESPONSE_BYTES and not answers.empty():
+        answer = answers.get_nowait()
+        if not (isinstance(answer, asyncio.Task) and answer.done()):
+            return results, answer
+        results.append(answer.result())
+        size += results[-1].ByteSize()
+    return results, None
 
 
 class CellService(cell_pb2_grpc.CellServiceServicer):

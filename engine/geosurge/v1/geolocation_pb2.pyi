@@ -142,12 +142,12 @@ class LocateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., location: _Optional[_Union[Location, _Mapping]] = ..., path: _Optional[_Iterable[_Union[PathCell, _Mapping]]] = ..., alternatives: _Optional[_Iterable[_Union[Alternative, _Mapping]]] = ..., credible_region: _Optional[_Union[CredibleRegion, _Mapping]] = ..., index_version: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class LocateStreamRequest(_message.Message):
-    __slots__ = ("request",)
-    REQUEST_FIELD_NUMBER: _ClassVar[int]
-    request: LocateRequest
-    def __init__(self, request: _Optional[_Union[LocateRequest, _Mapping]] = ...) -> None: ...
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[LocateRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[LocateRequest, _Mapping]]] = ...) -> None: ...
 
-class LocateStreamResponse(_message.Message):
+class LocateResult(_message.Message):
     __slots__ = ("request_id", "response", "status")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,12 @@ class LocateStreamResponse(_message.Message):
     response: LocateResponse
     status: _status_pb2.Status
     def __init__(self, request_id: _Optional[str] = ..., response: _Optional[_Union[LocateResponse, _Mapping]] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+
+class LocateStreamResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[LocateResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[LocateResult, _Mapping]]] = ...) -> None: ...
 
 class GetInfoRequest(_message.Message):
     __slots__ = ()

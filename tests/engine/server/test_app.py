@@ -16,6 +16,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from support.bundles import make_bundle
+from support.processes import results
 from support.servers import background_server, embedding, encoded_image, running, settings_for
 
 from geosurge.errors import BundleError, ConfigurationError, GeoSurgeError
@@ -111,7 +112,7 @@ async def test_a_stop_answers_what_a_stream_has_sent_and_then_ends_it(bundle: Pa
 
         async def send() -> AsyncIterator[pb.LocateStreamRequest]:
             for number in range(3):
-                yield pb.LocateStreamRequest(request=request(str(number)))
+                yield pb.LocateStreamRequest(requests=[request(str(number))])
             await endless.wait()
 
         call = geolocation(channel).LocateStream(send())
@@ -122,9 +123,10 @@ async def test_a_stop_answers_what_a_stream_has_sent_and_then_ends_it(bundle: Pa
         await asyncio.sleep(0.1)
         assert not stopping.done()
         release.set()
-        assert [(await call.read()).response.request_id for _ in range(3)] == ["0", "1", "2"]
+        answered = results(call)
+        assert [(await anext(answered)).response.request_id for _ in range(3)] == ["0", "1", "2"]
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await call.read()
+            await anext(answered)
         await stopping
         await blocking
         assert time.monotonic() - begun < 15
@@ -157,7 +159,7 @@ async def test_an_open_health_watch_does_not_hold_up_a_stop(bundle: Path) -> Non
 async def test_calls_that_outlast_the_grace_are_cancelled(bundle: Path) -> None:
     async with running(settings_for(bundle)) as (server, channel):
         held = [server._admission.take() for _ in range(server.settings.max_concurrent_requests)]
-        call = geolocation(channel).LocateStream(iter([pb.LocateStreamRequest(request=request())]))
+        call = geolocation(channel).LocateStream(iter([pb.LocateStreamRequest(requests=[request()])]))
         await asyncio.sleep(0.1)
         await asyncio.wait_for(server.stop(grace_seconds=0.2), 20)
         assert await call.code() != grpc.StatusCode.OK

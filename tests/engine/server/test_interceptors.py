@@ -86,21 +86,21 @@ async def test_what_is_no_message_is_refused_as_input(live: Live) -> None:
 
 
 async def test_items_before_a_malformed_one_are_answered(live: Live) -> None:
-    good = pb.LocateStreamRequest(request=pb.LocateRequest(request_id="a", image=encoded_image(1)))
+    good = pb.LocateStreamRequest(requests=[pb.LocateRequest(request_id="a", image=encoded_image(1))])
     call = live[1].stream_stream(LOCATE_STREAM)(iter([good.SerializeToString(), b"\xff"]))
-    assert pb.LocateStreamResponse.FromString(await call.read()).response.request_id == "a"
+    assert pb.LocateStreamResponse.FromString(await call.read()).results[0].response.request_id == "a"
     with pytest.raises(grpc.aio.AioRpcError):
         await call.read()
 
 
 async def test_what_is_too_large_to_be_parsed_is_refused_and_items_before_it_are_answered(live: Live) -> None:
     large = pb.LocateRequest(request_id="a", options=pb.LocateOptions(region_tokens=[""] * 530_000))
-    good = pb.LocateStreamRequest(request=pb.LocateRequest(request_id="a", image=encoded_image(1)))
+    good = pb.LocateStreamRequest(requests=[pb.LocateRequest(request_id="a", image=encoded_image(1))])
     with pytest.raises(grpc.aio.AioRpcError) as unary:
         await live[1].unary_unary(LOCATE)(large.SerializeToString())
-    items = [good.SerializeToString(), pb.LocateStreamRequest(request=large).SerializeToString()]
+    items = [good.SerializeToString(), pb.LocateStreamRequest(requests=[large]).SerializeToString()]
     call = live[1].stream_stream(LOCATE_STREAM)(iter(items))
-    assert pb.LocateStreamResponse.FromString(await call.read()).response.request_id == "a"
+    assert pb.LocateStreamResponse.FromString(await call.read()).results[0].response.request_id == "a"
     with pytest.raises(grpc.aio.AioRpcError) as stream:
         await call.read()
     with pytest.raises(grpc.aio.AioRpcError) as other:
@@ -138,9 +138,9 @@ async def test_a_call_is_logged_without_what_it_showed_or_where_it_was(
 
         async def send() -> AsyncIterator[pb.LocateStreamRequest]:
             for image in (encoded_image(1), b"", encoded_image(2)):
-                yield pb.LocateStreamRequest(request=pb.LocateRequest(image=image))
+                yield pb.LocateStreamRequest(requests=[pb.LocateRequest(image=image)])
 
-        _ = [item async for item in stub.LocateStream(send())]
+        _ = [message async for message in stub.LocateStream(send())]
         await asyncio.sleep(0.05)
     good, bad, stream = calls_in(caplog)
     assert (good["method"], good["code"], good["levelname"]) == (LOCATE, "OK", "INFO")

@@ -20,6 +20,7 @@ import pytest
 from grpc._cython.cygrpc import ExecuteBatchError
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.processes import results
 from support.servers import embedding, encoded_image
 
 from geosurge.server.interceptors import CallRecord, _current
@@ -181,8 +182,8 @@ async def ask_everything(channel: grpc.aio.Channel) -> set[str]:
     good = [pb.LocateRequest(request_id="image", image=image), pb.LocateRequest(request_id=FORGED, embedding=vector)]
     answers = [await geolocation.Locate(request) for request in good]
     everything = [*bad, *good]
-    stream = geolocation.LocateStream(iter([pb.LocateStreamRequest(request=request) for request in everything]))
-    answers += [item.response async for item in stream if item.HasField("response")]
+    stream = geolocation.LocateStream(iter([pb.LocateStreamRequest(requests=[request]) for request in everything]))
+    answers += [item.response async for item in results(stream) if item.HasField("response")]
     assert len(answers) == 4
     places = [(48.8583701, 2.2944813), (91.2345678, 0.0), (float("nan"), 12.3456789)]
     refused: list[Callable[[], Any]] = [lambda request=request: geolocation.Locate(request) for request in bad]
@@ -203,9 +204,9 @@ async def ask_everything(channel: grpc.aio.Channel) -> set[str]:
         call = geolocation.Locate(good[0])
         await asyncio.sleep(delay / 5000)
         call.cancel()
-    too_large = pb.LocateStreamRequest(request=pb.LocateRequest(request_id="huge", image=bytes(1_500_000)))
+    too_large = pb.LocateStreamRequest(requests=[pb.LocateRequest(request_id="huge", image=bytes(1_500_000))])
     for number in range(200):
-        sent = [pb.LocateStreamRequest(request=good[1])] * (number % 4)
+        sent = [pb.LocateStreamRequest(requests=[good[1]])] * (number % 4)
         with suppress(grpc.aio.AioRpcError):
             _ = [item async for item in geolocation.LocateStream(iter([*sent, too_large]))]
     return secrets(answers, image)

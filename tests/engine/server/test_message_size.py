@@ -54,7 +54,9 @@ def item(request: bytes) -> bytes:
 
 
 def test_an_item_is_as_a_client_writes_it() -> None:
-    assert pb.LocateStreamRequest.FromString(item(ID + OPTIONS)).request == pb.LocateRequest.FromString(ID + OPTIONS)
+    assert list(pb.LocateStreamRequest.FromString(item(ID + OPTIONS)).requests) == [
+        pb.LocateRequest.FromString(ID + OPTIONS)
+    ]
 
 
 @pytest.mark.parametrize("name", SMALL_BESIDES_IMAGE)

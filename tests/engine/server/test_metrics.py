@@ -10,6 +10,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support.processes import results
 from support.servers import embedding, encoded_image, running, settings_for
 
 from geosurge.errors import GeoSurgeError, ImageEmptyError, OverloadedError
@@ -135,8 +136,8 @@ async def test_a_scrape_says_what_the_server_did(bundle: Path) -> None:
             await stub.Locate(pb.LocateRequest(embedding=vector))
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.Locate(pb.LocateRequest(embedding=pb.Embedding(values=[1.0])))
-        items = [pb.LocateStreamRequest(request=pb.LocateRequest(embedding=vector))] * 5
-        assert len([item async for item in stub.LocateStream(iter(items))]) == 5
+        items = [pb.LocateStreamRequest(requests=[pb.LocateRequest(embedding=vector)])] * 5
+        assert len([item async for item in results(stub.LocateStream(iter(items)))]) == 5
         after = scrape(server.metrics_address)
 
     def grown(name: str, **labels: str) -> float:

@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from support.bad_requests import BAD_REQUESTS, INVALID, MAX_IMAGE_BYTES, NOT_FOUND, with_options
 from support.bundles import make_bundle
+from support.processes import results
 from support.servers import encoded_image, running, settings_for
 
 from geosurge.cells import CellTree
@@ -55,12 +56,12 @@ def error_of(status: status_pb2.Status) -> GeoSurgeError:
     return error
 
 
-async def stream(channel: grpc.aio.Channel, requests: Iterable[pb.LocateRequest]) -> list[pb.LocateStreamResponse]:
+async def stream(channel: grpc.aio.Channel, requests: Iterable[pb.LocateRequest]) -> list[pb.LocateResult]:
     async def send() -> AsyncIterator[pb.LocateStreamRequest]:
         for request in requests:
-            yield pb.LocateStreamRequest(request=request)
+            yield pb.LocateStreamRequest(requests=[request])
 
-    return [response async for response in geolocation(channel).LocateStream(send())]
+    return [result async for result in results(geolocation(channel).LocateStream(send()))]
 
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)
@@ -120,8 +121,8 @@ async def test_an_empty_stream_ends_well(live: Live) -> None:
 
 
 async def test_a_stream_item_without_a_request_gets_an_id_and_a_reason(live: Live) -> None:
-    call = geolocation(live[1]).LocateStream(iter([pb.LocateStreamRequest()]))
-    response = await call.read()
+    call = geolocation(live[1]).LocateStream(iter([pb.LocateStreamRequest(requests=[pb.LocateRequest()])]))
+    [response] = (await call.read()).results
     assert len(response.request_id) == 32
     assert error_of(response.status).reason == "QUERY_MISSING"
 
@@ -195,7 +196,7 @@ async def test_cancelled_and_late_calls_leave_nothing_behind(live: Live, caplog:
     server, channel = live
     stub = geolocation(channel)
     calls = [stub.Locate(good(), timeout=0.001 if n % 2 else 10) for n in range(40)]
-    streams = [stub.LocateStream(iter([pb.LocateStreamRequest(request=good())] * 20)) for _ in range(5)]
+    streams = [stub.LocateStream(iter([pb.LocateStreamRequest(requests=[good()])] * 20)) for _ in range(5)]
     await asyncio.sleep(0.005)
     for call in [*calls[::4], *streams]:
         call.cancel()

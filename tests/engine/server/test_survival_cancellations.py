@@ -56,7 +56,7 @@ async def ask_in_stream(channel: grpc.aio.Channel, items: list[pb.LocateRequest]
     # A stream that has expired says so in another way to each operation.
     with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
         for item in items:
-            await call.write(pb.LocateStreamRequest(request=item))
+            await call.write(pb.LocateStreamRequest(requests=[item]))
         while await call.read() is not grpc.aio.EOF:
             pass
 

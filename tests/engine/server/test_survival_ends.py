@@ -20,6 +20,7 @@ from support.processes import (
     HELD_ENCODER,
     geolocation,
     index_client,
+    results,
     server_process,
     wait_until,
 )
@@ -52,19 +53,17 @@ async def health_changes(channel: grpc.aio.Channel) -> list[int]:
     return told
 
 
-async def whole_stream(
-    channel: grpc.aio.Channel, count: int
-) -> tuple[list[pb.LocateStreamResponse], grpc.aio.AioRpcError]:
+async def whole_stream(channel: grpc.aio.Channel, count: int) -> tuple[list[pb.LocateResult], grpc.aio.AioRpcError]:
     """Sends items and never ends the stream; returns what came, and how the server ended it."""
 
     async def send() -> AsyncIterator[pb.LocateStreamRequest]:
         for number in range(count):
-            yield pb.LocateStreamRequest(request=question(encoded_image(number), request_id=str(number)))
+            yield pb.LocateStreamRequest(requests=[question(encoded_image(number), request_id=str(number))])
         await asyncio.Event().wait()
 
-    answers: list[pb.LocateStreamResponse] = []
+    answers: list[pb.LocateResult] = []
     with pytest.raises(grpc.aio.AioRpcError) as ended:
-        await _extend(answers, geolocation(channel).LocateStream(send()))
+        await _extend(answers, results(geolocation(channel).LocateStream(send())))
     return answers, ended.value
 
 

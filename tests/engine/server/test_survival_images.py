@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from support.answers import Query, expected_answers, questions, reason_of, same_answer
 from support.bad_requests import BAD_REQUESTS, MAX_IMAGE_BYTES
-from support.processes import geolocation, server_process
+from support.processes import geolocation, results, server_process
 from support.servers import embedding, encoded_image
 from support.traffic import load, open_channel
 
@@ -43,15 +43,15 @@ def with_id(request: pb.LocateRequest, request_id: str) -> pb.LocateRequest:
     return named
 
 
-async def locate_stream(channel: grpc.aio.Channel, asked: list[pb.LocateRequest]) -> list[pb.LocateStreamResponse]:
+async def locate_stream(channel: grpc.aio.Channel, asked: list[pb.LocateRequest]) -> list[pb.LocateResult]:
     async def send() -> AsyncIterator[pb.LocateStreamRequest]:
         for request in asked:
-            yield pb.LocateStreamRequest(request=request)
+            yield pb.LocateStreamRequest(requests=[request])
 
-    return [answer async for answer in geolocation(channel).LocateStream(send())]
+    return [answer async for answer in results(geolocation(channel).LocateStream(send()))]
 
 
-def item_reason(answer: pb.LocateStreamResponse) -> str:
+def item_reason(answer: pb.LocateResult) -> str:
     info = error_details_pb2.ErrorInfo()
     assert answer.status.details[0].Unpack(info)
     return info.reason

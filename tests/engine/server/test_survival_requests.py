@@ -163,10 +163,11 @@ def peak_bytes(server: ServerProcess) -> int:
 def test_an_endless_stream_is_ended_after_as_many_items_as_it_may_have(
     server: ServerProcess, expected: list[pb.LocateResponse]
 ) -> None:
-    answers: list[pb.LocateStreamResponse] = []
-    item = pb.LocateStreamRequest(request=QUESTIONS[1])
+    messages: list[pb.LocateStreamResponse] = []
+    item = pb.LocateStreamRequest(requests=[QUESTIONS[1]])
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as ended:
-        answers.extend(geolocation(channel).LocateStream(repeat(item), timeout=60))
+        messages.extend(geolocation(channel).LocateStream(repeat(item), timeout=60))
+    answers = [result for message in messages for result in message.results]
     assert (ended.value.code(), reason_of(ended.value)) == (Code.UNAVAILABLE, "STREAM_LIMIT")
     assert len(answers) == MAX_STREAM_ITEMS
     assert all(same_answer(answer.response, expected[1]) for answer in answers)
@@ -246,7 +247,7 @@ async def test_a_client_that_never_reads_its_answers_keeps_no_permit(
 ) -> None:
     async with open_plain_channel(server.address) as channel:
         calls = [geolocation(channel).LocateStream() for _ in range(5)]
-        item = pb.LocateStreamRequest(request=QUESTIONS[1])
+        item = pb.LocateStreamRequest(requests=[QUESTIONS[1]])
         for call in calls:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.5):

@@ -14,6 +14,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.processes import results
 from support.servers import embedding, encoded_image
 
 from geosurge.server.app import Server
@@ -116,8 +117,8 @@ async def test_only_a_failure_of_the_engine_is_one_of_the_span(
 async def test_a_stream_is_one_span(spans: InMemorySpanExporter, live: Live) -> None:
     stub: Any = geolocation_pb2_grpc.GeolocationServiceStub(live[1])
     images = (encoded_image(1), b"", encoded_image(2))
-    items = [pb.LocateStreamRequest(request=pb.LocateRequest(image=image)) for image in images]
-    assert len([item async for item in stub.LocateStream(iter(items))]) == 3
+    items = [pb.LocateStreamRequest(requests=[pb.LocateRequest(image=image)]) for image in images]
+    assert len([item async for item in results(stub.LocateStream(iter(items)))]) == 3
     [call] = spans.get_finished_spans()
     assert call.attributes is not None
     assert call.attributes["geosurge.items"] == 3
