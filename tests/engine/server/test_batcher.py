@@ -3,8 +3,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from geosurge.errors import (
 )
 from geosurge.location import LocateOptions, Location
 from geosurge.locator import Locator
+from geosurge.server import batcher as batcher_module
 from geosurge.server.batcher import Batcher
 from geosurge.server.handle import VersionHandle
 from geosurge.server.metrics import Metrics
@@ -41,6 +42,33 @@ class RecordingLocator(Locator):
             raise RuntimeError("the stage broke")
         return super().locate_embeddings(embeddings, options)
 
+    def preprocess(self, data: bytes) -> NDArray[np.uint8]:
+        gate: Gate | None = self.__dict__.get("gates", {}).get(data)
+        if gate is not None:
+            gate.pass_through()
+        return super().preprocess(data)
+
+
+class Gate:
+    """Holds the thread that comes to it until it is opened."""
+
+    def __init__(self) -> None:
+        self._reached, self._opened = threading.Event(), threading.Event()
+
+    def pass_through(self) -> None:
+        self._reached.set()
+        self._opened.wait(60)
+
+    def open(self) -> None:
+        self._opened.set()
+
+    @property
+    def is_reached(self) -> bool:
+        return self._reached.is_set()
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self._reached.wait, 10)
+
 
 @pytest.fixture
 def handle(bundle: Path) -> VersionHandle:
@@ -52,8 +80,10 @@ def batch_sizes(handle: VersionHandle) -> list[int]:
 
 
 @asynccontextmanager
-async def started(max_batch_size: int = 8, metrics: Metrics | None = None) -> AsyncIterator[Batcher]:
-    batcher = Batcher(max_batch_size=max_batch_size, decode_workers=2, metrics=metrics)
+async def started(
+    max_batch_size: int = 8, metrics: Metrics | None = None, decode_workers: int = 2, device: str = "cpu"
+) -> AsyncIterator[Batcher]:
+    batcher = Batcher(max_batch_size=max_batch_size, decode_workers=decode_workers, device=device, metrics=metrics)
     batcher.start()
     try:
         yield batcher
@@ -82,6 +112,54 @@ async def busy(batcher: Batcher, stage: str = "search") -> AsyncIterator[None]:
 async def queued(batcher: Batcher, count: int) -> None:
     while batcher.queue_length < count:
         await asyncio.sleep(0.001)
+
+
+async def expected(batcher: Batcher, count: int) -> None:
+    while batcher._encode._expected != count:
+        await asyncio.sleep(0.001)
+
+
+@contextmanager
+def slow_decoding(handle: VersionHandle, image: bytes) -> Iterator[Gate]:
+    """Holds the decoding of an image until the gate is opened, or the block ends."""
+    gate = Gate()
+    handle.locator.__dict__.setdefault("gates", {})[image] = gate
+    try:
+        yield gate
+    finally:
+        gate.open()
+
+
+@contextmanager
+def slow_encoding(handle: VersionHandle, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Holds every encoding until the gate is opened, or the block ends."""
+    gate = Gate()
+    encode = handle.locator.encoder.encode
+
+    def slow(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        gate.pass_through()
+        return encode(pixels)
+
+    monkeypatch.setattr(handle.locator.encoder, "encode", slow)
+    try:
+        yield gate
+    finally:
+        gate.open()
+
+
+@pytest.fixture
+def long_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns so long that a test which waits for their end fails."""
+    monkeypatch.setattr(batcher_module, "MAX_TURN_SECONDS", 60.0)
+
+
+def encoded_batches(metrics: Metrics) -> tuple[float | None, float | None]:
+    """Number of batches that were encoded, and of images in them."""
+    count, images = (
+        metrics.registry.get_sample_value(f"geosurge_batch_size_{name}", {"stage": "encode"})
+        for name in ("count", "sum")
+    )
+    return count, images
 
 
 def place_of(location: Location) -> tuple[str, float, float]:
@@ -300,7 +378,7 @@ async def test_what_is_encoded_after_the_search_has_crashed_is_refused(handle: V
 
 async def test_the_batch_that_crashes_a_stage_is_answered(handle: VersionHandle) -> None:
     async with started() as batcher:
-        batcher._search._work = lambda batch: 1 // 0
+        batcher._search.__dict__["_work"] = lambda batch: 1 // 0
         with pytest.raises(GeoSurgeError, match="ending"):
             await asyncio.wait_for(batcher.locate(handle, embedding(0), OPTIONS), 10)
         assert await asyncio.wait_for(batcher.crashed(), 10) == "search"
@@ -314,3 +392,211 @@ async def test_a_version_is_closed_only_when_no_thread_works_with_it(handle: Ver
     await asyncio.wait_for(closing, 10)
     with pytest.raises(IndexVersionUnknownError), handle.use():
         pytest.fail("it is closed")
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_images_whose_decoding_ends_at_different_times_are_encoded_together(handle: VersionHandle) -> None:
+    slow_image, metrics = encoded_image(0), Metrics()
+    async with started(metrics=metrics) as batcher:
+        with slow_decoding(handle, slow_image):
+            tasks = [
+                asyncio.create_task(batcher.locate(handle, image, OPTIONS))
+                for image in (slow_image, encoded_image(1), encoded_image(2))
+            ]
+            await asyncio.wait_for(queued(batcher, 2), 10)
+            await asyncio.sleep(0.05)
+            assert batcher.queue_length == 2
+        await asyncio.wait_for(asyncio.gather(*tasks), 10)
+    assert encoded_batches(metrics) == (1, 3)
+    assert batcher._encode._expected == 0
+
+
+async def test_an_image_does_not_wait_for_one_whose_decoding_takes_longer_than_a_turn(handle: VersionHandle) -> None:
+    slow_image, metrics = encoded_image(0), Metrics()
+    async with started(metrics=metrics) as batcher:
+        with slow_decoding(handle, slow_image) as decoding:
+            slow = asyncio.create_task(batcher.locate(handle, slow_image, OPTIONS))
+            await decoding.reached()
+            assert isinstance(await asyncio.wait_for(batcher.locate(handle, encoded_image(1), OPTIONS), 10), Location)
+            assert not slow.done()
+        assert isinstance(await asyncio.wait_for(slow, 10), Location)
+    assert encoded_batches(metrics) == (2, 2)
+    assert batcher._encode._expected == 0
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_a_full_batch_waits_for_nobody(handle: VersionHandle) -> None:
+    slow_image, metrics = encoded_image(0), Metrics()
+    async with started(max_batch_size=2, decode_workers=3, metrics=metrics) as batcher:
+        with slow_decoding(handle, slow_image) as decoding:
+            slow = asyncio.create_task(batcher.locate(handle, slow_image, OPTIONS))
+            await decoding.reached()
+            fast = (batcher.locate(handle, encoded_image(seed), OPTIONS) for seed in (1, 2))
+            await asyncio.wait_for(asyncio.gather(*fast), 10)
+            assert not slow.done()
+        await asyncio.wait_for(slow, 10)
+    assert encoded_batches(metrics) == (2, 3)
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_work_between_batches_waits_for_no_image(handle: VersionHandle) -> None:
+    slow_image = encoded_image(0)
+    async with started() as batcher:
+        with slow_decoding(handle, slow_image) as decoding:
+            tasks = [
+                asyncio.create_task(batcher.locate(handle, image, OPTIONS)) for image in (slow_image, encoded_image(1))
+            ]
+            await decoding.reached()
+            await asyncio.wait_for(queued(batcher, 1), 10)
+            await asyncio.wait_for(asyncio.wrap_future(batcher.between_batches(lambda: None)), 10)
+            assert batcher.queue_length == 1
+        await asyncio.wait_for(asyncio.gather(*tasks), 10)
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_stopping_does_not_wait_for_the_end_of_a_turn(handle: VersionHandle) -> None:
+    slow_image = encoded_image(0)
+    async with started() as batcher:
+        with slow_decoding(handle, slow_image) as decoding:
+            slow, fast = (
+                asyncio.create_task(batcher.locate(handle, image, OPTIONS)) for image in (slow_image, encoded_image(1))
+            )
+            await decoding.reached()
+            await asyncio.wait_for(queued(batcher, 1), 10)
+            stopping = asyncio.create_task(batcher.stop())
+            assert isinstance(await asyncio.wait_for(fast, 10), Location)
+        with pytest.raises(ShuttingDownError):
+            await asyncio.wait_for(slow, 10)
+        await asyncio.wait_for(stopping, 10)
+    assert batcher._encode._expected == 0
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_an_image_that_cannot_be_decoded_is_expected_no_longer(handle: VersionHandle) -> None:
+    bad_image, metrics = b"no image at all", Metrics()
+    async with started(metrics=metrics) as batcher:
+        with slow_decoding(handle, bad_image) as decoding:
+            bad, good = (
+                asyncio.create_task(batcher.locate(handle, image, OPTIONS)) for image in (bad_image, encoded_image(1))
+            )
+            await decoding.reached()
+            await asyncio.wait_for(queued(batcher, 1), 10)
+        with pytest.raises(ImageNotDecodableError):
+            await asyncio.wait_for(bad, 10)
+        assert isinstance(await asyncio.wait_for(good, 10), Location)
+    assert encoded_batches(metrics) == (1, 1)
+    assert batcher._encode._expected == 0
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_an_image_whose_caller_went_before_it_was_decoded_is_expected_no_longer(handle: VersionHandle) -> None:
+    slow_image, metrics = encoded_image(0), Metrics()
+    async with started(decode_workers=1, metrics=metrics) as batcher:
+        with slow_decoding(handle, slow_image) as decoding:
+            first, gone, last = (
+                asyncio.create_task(batcher.locate(handle, image, OPTIONS))
+                for image in (slow_image, encoded_image(1), encoded_image(2))
+            )
+            await decoding.reached()
+            await asyncio.wait_for(expected(batcher, 3), 10)
+            gone.cancel()
+            await asyncio.wait_for(expected(batcher, 2), 10)
+        await asyncio.wait_for(asyncio.gather(first, last), 10)
+        assert gone.cancelled()
+    assert encoded_batches(metrics) == (1, 2)
+    assert batcher._encode._expected == 0
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_an_image_whose_caller_went_while_it_was_decoded_is_expected_no_longer(handle: VersionHandle) -> None:
+    slow_image, metrics = encoded_image(0), Metrics()
+    async with started(metrics=metrics) as batcher:
+        with slow_decoding(handle, slow_image) as decoding:
+            gone, other = (
+                asyncio.create_task(batcher.locate(handle, image, OPTIONS)) for image in (slow_image, encoded_image(1))
+            )
+            await decoding.reached()
+            await asyncio.wait_for(queued(batcher, 1), 10)
+            gone.cancel()
+            await asyncio.sleep(0)
+        assert isinstance(await asyncio.wait_for(other, 10), Location)
+        assert gone.cancelled()
+    assert encoded_batches(metrics) == (1, 1)
+    assert batcher._encode._expected == 0
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_what_arrives_while_a_batch_is_encoded_is_decoded_afterwards(
+    handle: VersionHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_image = encoded_image(1)
+    async with started() as batcher:
+        with slow_decoding(handle, late_image) as decoding, slow_encoding(handle, monkeypatch) as encoding:
+            decoding.open()
+            early = asyncio.create_task(batcher.locate(handle, encoded_image(0), OPTIONS))
+            await encoding.reached()
+            late = asyncio.create_task(batcher.locate(handle, late_image, OPTIONS))
+            await asyncio.sleep(0.1)
+            assert not decoding.is_reached
+        await asyncio.wait_for(asyncio.gather(early, late), 10)
+        assert decoding.is_reached
+
+
+async def test_decoding_does_not_wait_for_an_encoder_that_takes_longer_than_a_turn(
+    handle: VersionHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_image = encoded_image(1)
+    async with started() as batcher:
+        with slow_decoding(handle, late_image) as decoding, slow_encoding(handle, monkeypatch) as encoding:
+            early = asyncio.create_task(batcher.locate(handle, encoded_image(0), OPTIONS))
+            await encoding.reached()
+            late = asyncio.create_task(batcher.locate(handle, late_image, OPTIONS))
+            await decoding.reached()
+            assert not early.done()
+        await asyncio.wait_for(asyncio.gather(early, late), 10)
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_decoding_goes_on_after_an_encoder_has_failed(
+    handle: VersionHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = handle.locator.encoder.encode
+
+    def fail_once(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        monkeypatch.setattr(handle.locator.encoder, "encode", encode)
+        assert not batcher._may_decode.is_set()
+        raise RuntimeError("the encoder broke")
+
+    async with started() as batcher:
+        monkeypatch.setattr(handle.locator.encoder, "encode", fail_once)
+        with pytest.raises(GeoSurgeError, match="the server logged it"):
+            await asyncio.wait_for(batcher.locate(handle, encoded_image(0), OPTIONS), 10)
+        assert batcher._may_decode.is_set()
+        assert isinstance(await asyncio.wait_for(batcher.locate(handle, encoded_image(1), OPTIONS), 10), Location)
+    assert batcher._encode._expected == 0
+
+
+@pytest.mark.usefixtures("long_turns")
+async def test_beside_a_gpu_decoding_and_encoding_wait_for_nothing(
+    handle: VersionHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_image, late_image = encoded_image(0), encoded_image(2)
+    async with started(device="cuda") as batcher:
+        with (
+            slow_decoding(handle, slow_image) as decoding,
+            slow_decoding(handle, late_image) as late_decoding,
+            slow_encoding(handle, monkeypatch) as encoding,
+        ):
+            slow = asyncio.create_task(batcher.locate(handle, slow_image, OPTIONS))
+            await decoding.reached()
+            fast = asyncio.create_task(batcher.locate(handle, encoded_image(1), OPTIONS))
+            await encoding.reached()
+            assert batcher._may_decode.is_set()
+            late = asyncio.create_task(batcher.locate(handle, late_image, OPTIONS))
+            await late_decoding.reached()
+            encoding.open()
+            assert isinstance(await asyncio.wait_for(fast, 10), Location)
+            assert not slow.done()
+            assert not late.done()
+        await asyncio.wait_for(asyncio.gather(slow, late), 10)
+    assert batcher._encode._expected == 0
