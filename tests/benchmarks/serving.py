@@ -3,8 +3,8 @@
     python tests/benchmarks/serving.py [--json] [--index DIR] [--rounds N] [--swap]
 
 A server process and this one, which is the client, share the machine. In every round each measurement has its turn, the
-bare one and the served one of a pair right after each other, so that whatever else the machine does falls on both:
-compare ratios, not runs. Reported are medians over the rounds.
+bare one and the served one of a pair right after each other (lone requests in turns of a few), so that what else the
+machine does falls on both: compare ratios, not runs. Reported are medians over the rounds.
 
 - ``throughput_ratio``: images a second that 16 concurrent clients get over gRPC, divided by what `Locator.locate` does
   with the same images in this process in batches of the server's largest size.
@@ -50,7 +50,8 @@ from support.traffic import swap_under_load
 
 CLIENTS = 16
 IMAGES_A_ROUND = 128
-LONE_REQUESTS_A_ROUND = 25
+LONE_REQUESTS = 10
+LONE_TURNS_A_ROUND = 5
 EMBEDDINGS_A_ROUND = 3000
 SWAP_EMBEDDINGS = 24
 SWAP_SECONDS = 60.0
@@ -96,7 +97,7 @@ def query_embeddings(locator: Locator, images: list[bytes], count: int) -> NDArr
 def measure(index: Path, rounds: int) -> dict[str, Any]:
     images = [path.read_bytes() for path in sorted(default_views().glob("*.jpg"))]
     many = [images[number % len(images)] for number in range(IMAGES_A_ROUND)]
-    few = many[:LONE_REQUESTS_A_ROUND]
+    few = many[:LONE_REQUESTS]
     ratios, bare_rates, served_rates, added, rates = [], [], [], [], []
     with Locator.open(index) as locator, server_process(index) as address, ThreadPoolExecutor(CLIENTS) as pool:
         clients = [Client(address) for _ in range(CLIENTS)]
@@ -110,8 +111,10 @@ def measure(index: Path, rounds: int) -> dict[str, Any]:
             ratios.append(bare / served)
             bare_rates.append(len(many) / bare)
             served_rates.append(len(many) / served)
-            alone_bare = lone_latencies_ms(lambda image: locator.locate([image]), few)
-            alone_served = lone_latencies_ms(clients[0].locate, few)
+            alone_bare, alone_served = [], []
+            for _ in range(LONE_TURNS_A_ROUND):
+                alone_bare += lone_latencies_ms(lambda image: locator.locate([image]), few)
+                alone_served += lone_latencies_ms(clients[0].locate, few)
             added.append(statistics.median(alone_served) - statistics.median(alone_bare))
             stream = seconds_of(lambda: checked(list(clients[0].locate_many(embeddings, window=256))))
             rates.append(len(embeddings) / stream)

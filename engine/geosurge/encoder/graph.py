@@ -43,7 +43,7 @@ _Place = tuple[dict[str, Any], str]
 """Where a weight is kept: a dictionary of a module, and its name there."""
 
 _lock = threading.Lock()
-_graphs: dict[str, _Graph | None] = {}
+_graphs: dict[tuple[type, str], _Graph] = {}
 
 
 def as_graph(encoder: ImageEncoder) -> Callable[[Tensor], Tensor] | None:
@@ -59,11 +59,11 @@ def as_graph(encoder: ImageEncoder) -> Callable[[Tensor], Tensor] | None:
     places = list(_places(encoder))
     if sum(place[name].numel() for place, name in places) > MAX_PARAMETERS:
         return None
-    key = encoder.config.to_json()
+    key = type(encoder), encoder.config.to_json()
     with _lock:
-        if key not in _graphs:
-            _graphs[key] = _record(encoder, places)
-        graph = _graphs[key]
+        graph = _graphs.get(key) or _record(encoder, places)
+        if graph is not None:
+            _graphs[key] = graph
     return None if graph is None else lambda pixels: _run(graph, pixels, [place[name] for place, name in places])
 
 
@@ -145,6 +145,8 @@ def _record(encoder: ImageEncoder, places: Sequence[_Place]) -> _Graph | None:
     except Exception as error:  # noqa: BLE001 - whatever torch says: the encoder works without a graph
         logger.info("the encoder runs without a graph", extra={"cause": f"{type(error).__name__}: {error}"[:200]})
         return None
+    # Torch attaches the recorded function, which holds this encoder.
+    vars(graph).clear()
     return graph
 
 

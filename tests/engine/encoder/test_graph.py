@@ -265,9 +265,10 @@ def test_an_encoder_that_cannot_be_recorded_encodes_without_a_graph(
 ) -> None:
     with caplog.at_level(logging.INFO, "geosurge.encoder.graph"):
         loaded = [kind.load(saved) for _ in range(2)]
-    assert recorded == loaded[:1]
+    # One that cannot be recorded may be an encoder with bad weights, so the next is tried again.
+    assert recorded == loaded
     told = [record for record in caplog.records if record.name == "geosurge.encoder.graph"]
-    assert [record.levelno for record in told] == [logging.INFO]
+    assert [record.levelno for record in told] == [logging.INFO] * 2
     assert cause in told[0].__dict__["cause"]
     for encoder in loaded:
         assert encoder._graph is None
@@ -308,17 +309,7 @@ def test_a_copy_of_a_loaded_encoder_encodes_the_same(
     np.testing.assert_array_equal(loaded.encode(pixels), expected)
 
 
-@pytest.mark.parametrize(
-    "position",
-    [
-        pytest.param(
-            0,
-            id="recorded",
-            marks=pytest.mark.xfail(strict=True, reason="torch.jit.trace keeps the function that it recorded"),
-        ),
-        pytest.param(1, id="not-recorded"),
-    ],
-)
+@pytest.mark.parametrize("position", [0, 1], ids=["recorded", "not-recorded"])
 def test_a_graph_keeps_no_weights_alive(position: int, saved: Path, none_recorded: None) -> None:
     loaded = [ImageEncoder.load(saved) for _ in range(2)]
     for encoder in loaded:
@@ -327,7 +318,7 @@ def test_a_graph_keeps_no_weights_alive(position: int, saved: Path, none_recorde
     weights = [weakref.ref(tensor) for tensor in (*dropped.parameters(), *dropped.buffers())]
     del dropped, encoder
     gc.collect()
-    assert graphs._graphs[make_config().to_json()] is not None
+    assert (ImageEncoder, make_config().to_json()) in graphs._graphs
     assert sum(reference() is not None for reference in weights) == 0
     assert_encodes_as_forward(loaded[0])
 
@@ -371,7 +362,7 @@ def test_a_part_is_computed_by_its_own_thread_alone(
         counts.append(torch.get_num_threads())
         return torch.zeros(len(pixels), FUSION.dimension)
 
-    monkeypatch.setattr(graphs, "_graphs", {make_config().to_json(): count_threads})
+    monkeypatch.setattr(graphs, "_graphs", {(ImageEncoder, make_config().to_json()): count_threads})
     loaded = ImageEncoder.load(saved)
     for _ in range(2):
         loaded.encode(random_pixels(9))
@@ -397,7 +388,7 @@ def test_what_fails_in_one_part_is_raised_to_the_caller(
             raise RuntimeError("white")
         return torch.ones(len(pixels), FUSION.dimension)
 
-    monkeypatch.setattr(graphs, "_graphs", {make_config().to_json(): fail_at_white})
+    monkeypatch.setattr(graphs, "_graphs", {(ImageEncoder, make_config().to_json()): fail_at_white})
     loaded = ImageEncoder.load(saved)
     pixels = random_pixels(9)
     pixels[position] = 255
