@@ -143,14 +143,15 @@ class _Stage:
             if self._queue and not self._expected:
                 self._changed.notify()
 
-    def put(self, items: Sequence[_Item]) -> None:
-        """Queues items.
+    def put(self, items: Sequence[_Item], *, expected: int = 0) -> None:
+        """Queues items, so many of which were expected.
 
         Raises:
-            ShuttingDownError: The stage has been stopped.
+            ShuttingDownError: The stage has been stopped; they are expected still.
         """
         with self._changed:
             self._check_open()
+            self._expected -= expected
             is_first = not self._queue
             if is_first:
                 self._queued_since = time.monotonic()
@@ -357,17 +358,18 @@ class Batcher:
         return location
 
     async def _locate_image(self, item: _Item) -> Location:
+        self._encode.expect(1)
         try:
             decoding = self._decoders.submit(self._decode, item)
         except RuntimeError as error:
+            self._encode.expect(-1)
             raise _stopping() from error
-        self._encode.expect(1)
-        decoding.add_done_callback(lambda _: self._encode.expect(-1))
         try:
             return await item.answer
         finally:
             # A caller that is gone leaves its place in the decoders' queue, but not its image.
-            decoding.cancel()
+            if decoding.cancel():
+                self._encode.expect(-1)
             item.image = None
 
     async def in_decoder(self, function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
@@ -392,8 +394,9 @@ class Batcher:
         self._may_decode.wait(MAX_TURN_SECONDS)
         try:
             _decode(item)
-            self._encode.put([item])
+            self._encode.put([item], expected=1)
         except Exception as error:  # noqa: BLE001
+            self._encode.expect(-1)
             self._deliver([item], [error])
         else:
             self._metrics.stage("decode", item.decode_ms / 1000)
