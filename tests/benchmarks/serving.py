@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.traffic import swap_under_load
 
 CLIENTS = 16
-IMAGES_A_ROUND = 128
+IMAGES_A_ROUND = 384
 LONE_REQUESTS = 10
 LONE_TURNS_A_ROUND = 5
 EMBEDDINGS_A_ROUND = 3000

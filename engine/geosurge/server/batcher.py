@@ -4,10 +4,10 @@
 |---|---|---|
 | decode | a pool of threads | one image, so that a bad one fails alone |
 | encode | a thread | images that queued while it was busy, of one encoder |
-| search | a thread | embeddings that queued while it was busy, of one version |
+| search | a thread (for a lone image, the encoding one) | embeddings that queued while it was busy, of one version |
 
-FAISS and CUDA each want a single thread. A stage that is free takes what is there, up to the largest batch, without
-waiting for more to come. What comes next is decoded and what came before is searched meanwhile. The permits of
+FAISS and CUDA each want a single thread at a time. A stage that is free takes what is there, up to the largest batch,
+without waiting for more to come. What comes next is decoded and what came before is searched meanwhile. The permits of
 `geosurge.server.admission` bound what is queued in all stages together.
 
 Encoding on the CPU wants the cores that decode. There the two take turns, each on all cores: what has arrived is
@@ -121,6 +121,7 @@ class _Stage:
         self._expected = 0
         self._calls: deque[_Call] = deque()
         self._stopping = False
+        self._working = threading.Lock()
         self._busy_since = math.inf
         self._thread = threading.Thread(target=self._run, name=f"geosurge-{name}", daemon=True)
 
@@ -158,6 +159,16 @@ class _Stage:
             self._queue.extend(items)
             if is_first or self._gather_rest() <= 0:
                 self._changed.notify()
+
+    def work_now(self, items: list[_Item]) -> bool:
+        """Works on items at once and on the calling thread, unless the stage works or has work; says whether it did."""
+        if self._queue or self._stopping or not self._working.acquire(blocking=False):
+            return False
+        try:
+            self._work(items)
+        finally:
+            self._working.release()
+        return True
 
     def call(self, function: Callable[[], _Result]) -> Future[_Result]:
         """Runs a function on the thread, before the next batch.
@@ -217,16 +228,17 @@ class _Stage:
             else:
                 return False
         self._busy_since = time.monotonic()
-        if call:
-            call.run()
-        if expired:
-            self._reject(expired, _expired())
-        if batch:
-            try:
-                self._work(batch)
-            except BaseException:
-                self._reject(batch, _crashed())
-                raise
+        with self._working:
+            if call:
+                call.run()
+            if expired:
+                self._reject(expired, _expired())
+            if batch:
+                try:
+                    self._work(batch)
+                except BaseException:
+                    self._reject(batch, _crashed())
+                    raise
         self._busy_since = math.inf
         return True
 
@@ -419,10 +431,12 @@ class Batcher:
         seconds = time.perf_counter() - begun
         for item, embedding in zip(batch, embeddings, strict=True):
             item.embedding, item.pixels, item.encode_ms = embedding, None, 1000 * seconds
-        try:
-            self._search.put(batch)
-        except ShuttingDownError as error:
-            self._reject(batch, error)
+        # Waking another thread takes as long as searching with one embedding.
+        if len(batch) > 1 or not self._search.work_now(batch):
+            try:
+                self._search.put(batch)
+            except ShuttingDownError as error:
+                self._reject(batch, error)
         self._metrics.stage("encode", seconds)
         self._metrics.batch("encode", len(batch))
 

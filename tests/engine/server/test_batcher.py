@@ -600,3 +600,27 @@ async def test_beside_a_gpu_decoding_and_encoding_wait_for_nothing(
             assert not late.done()
         await asyncio.wait_for(asyncio.gather(slow, late), 10)
     assert batcher._encode._expected == 0
+
+
+async def test_a_lone_image_is_searched_where_it_was_encoded_unless_others_are_being_searched(
+    handle: VersionHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    locate = handle.locator.locate_embeddings
+
+    def locate_and_tell(
+        embeddings: NDArray[np.float32], options: Sequence[LocateOptions]
+    ) -> list[Location | InputError]:
+        threads.append(threading.current_thread().name)
+        return locate(embeddings, options)
+
+    monkeypatch.setattr(handle.locator, "locate_embeddings", locate_and_tell)
+    async with started() as batcher:
+        await batcher.locate(handle, encoded_image(0), LocateOptions())
+        await batcher.locate(handle, embedding(0), LocateOptions())
+        async with busy(batcher):
+            waiting = asyncio.create_task(batcher.locate(handle, encoded_image(1), LocateOptions()))
+            while not len(batcher._search):
+                await asyncio.sleep(0.01)
+        await waiting
+    assert threads == ["geosurge-encode", "geosurge-search", "geosurge-search"]
