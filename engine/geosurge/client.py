@@ -79,7 +79,7 @@ Query: TypeAlias = "ImageSource | NDArray[np.floating[Any]]"
 DEFAULT_TIMEOUT_SECONDS: Final = 30.0
 
 _MESSAGE_BYTES: Final = 1 << 16
-"""A message of a stream takes no further request when it has so many."""
+"""Requests of a stream share a message up to this size; a large image has one for itself."""
 
 _LARGEST_IMAGE_BYTES: Final = 500_000_000
 """No server can be set to accept more, and protobuf itself ends at two gigabytes."""
@@ -389,7 +389,8 @@ class AsyncClient:
                     continue
                 try:
                     stream = stream or self._geolocation.LocateStream(_async_messages(feed.requests()))
-                    results = results or deque((await _read(stream, attempts.remaining_seconds)).results)
+                    while not results:
+                        results.extend((await _read(stream, attempts.remaining_seconds)).results)
                 except grpc.RpcError as error:
                     stream = None
                     await asyncio.sleep(attempts.pause_after(error))
@@ -606,14 +607,15 @@ async def _async_messages(
 
 
 def _split(group: list[geolocation_pb2.LocateRequest]) -> Iterator[geolocation_pb2.LocateStreamRequest]:
-    """Messages with these requests; one that has `_MESSAGE_BYTES` takes no more."""
+    """Messages with these requests, of `_MESSAGE_BYTES` at most, or with one request."""
     message, size = geolocation_pb2.LocateStreamRequest(), 0
     for request in group:
-        message.requests.append(request)
-        size += request.ByteSize()
-        if size >= _MESSAGE_BYTES:
+        request_size = request.ByteSize()
+        if message.requests and size + request_size > _MESSAGE_BYTES:
             yield message
             message, size = geolocation_pb2.LocateStreamRequest(), 0
+        message.requests.append(request)
+        size += request_size
     if message.requests:
         yield message
 

@@ -20,7 +20,7 @@ from PIL import Image
 from support.bundles import make_bundle, tiny_encoder
 from support.servers import background_server, embedding, encoded_image, settings_for
 
-from geosurge.client import AsyncClient, Client, Query, RetryPolicy
+from geosurge.client import AsyncClient, Client, Query, RetryPolicy, _split
 from geosurge.errors import (
     CellUnknownError,
     CoordinateOutOfRangeError,
@@ -39,6 +39,7 @@ from geosurge.errors import (
 )
 from geosurge.location import LocateOptions, Location, Timings
 from geosurge.locator import Locator
+from geosurge.server.message_size import check_message_size
 from geosurge.v1 import geolocation_pb2, geolocation_pb2_grpc
 
 MAX_IMAGE_BYTES = 100_000
@@ -449,3 +450,13 @@ async def test_the_asynchronous_client_reports_a_server_that_stays_away() -> Non
     async with AsyncClient(f"127.0.0.1:{free_port()}", retry=RetryPolicy(max_attempts=2)) as client:
         with pytest.raises(ServiceError, match="cannot be reached"):
             await client.get_info()
+
+
+def test_small_requests_share_a_message_and_a_large_image_has_one_for_itself() -> None:
+    sizes = [1500] * 40 + [2_000_000] + [1500] * 50 + [100_000, 100_000]
+    requests = [geolocation_pb2.LocateRequest(image=bytes(size)) for size in sizes]
+    messages = list(_split(requests))
+    assert [request for message in messages for request in message.requests] == requests
+    assert [len(message.requests) for message in messages] == [40, 1, 43, 7, 1, 1]
+    for message in messages:
+        check_message_size("/geosurge.v1.GeolocationService/LocateStream", message.SerializeToString())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_PARAMETERS: Final = 100_000_000
+MAX_PARAMETERS: Final = 20_000_000
 """A larger encoder spends its time in the operations, not between them."""
 
 _CHECKED_BATCH_SIZES: Final = (1, 2, 5)
@@ -74,11 +75,12 @@ def _run(graph: _Graph, pixels: Tensor, weights: Sequence[Tensor]) -> Tensor:
     machine may have given to somebody else. For a few images there is no other way.
     """
     threads = torch.get_num_threads()
-    parts = min(threads, len(pixels) // _MIN_PART_SIZE)
-    if parts < 2:
+    if threads < 2 or len(pixels) < _MIN_PART_SIZE * threads:
         return graph(pixels, *weights)
+    with _lock:
+        pool = _part_threads(threads, os.getpid())
     run = functools.partial(_run_part, graph, weights)
-    return torch.cat(list(_part_threads(threads).map(run, pixels.tensor_split(parts))))
+    return torch.cat(list(pool.map(run, pixels.tensor_split(threads))))
 
 
 @torch.inference_mode()
@@ -87,8 +89,8 @@ def _run_part(graph: _Graph, weights: Sequence[Tensor], pixels: Tensor) -> Tenso
 
 
 @functools.cache
-def _part_threads(count: int) -> ThreadPoolExecutor:
-    """Threads whose operations are computed by the thread itself."""
+def _part_threads(count: int, _process: int) -> ThreadPoolExecutor:
+    """Threads whose operations are computed by the thread itself; a forked process needs its own."""
     started = threading.Barrier(count + 1)
 
     def start() -> None:
@@ -98,10 +100,15 @@ def _part_threads(count: int) -> ThreadPoolExecutor:
         started.wait()
 
     pool = ThreadPoolExecutor(count, "geosurge-encode-part", initializer=start)
-    for _ in range(count):
-        pool.submit(int)
-    started.wait()
-    torch.set_num_threads(count)
+    try:
+        for _ in range(count):
+            pool.submit(int)
+        started.wait()
+    except BaseException:
+        started.abort()
+        raise
+    finally:
+        torch.set_num_threads(count)
     return pool
 
 
@@ -134,14 +141,13 @@ def _record(encoder: ImageEncoder, places: Sequence[_Place]) -> _Graph | None:
                 forward, (_pixels(encoder, 2), *weights), check_trace=False
             )
             halved = [weight / 2 if weight.is_floating_point() else weight for weight in weights]
-            for size in _CHECKED_BATCH_SIZES:
+            for size, used in [*((size, weights) for size in _CHECKED_BATCH_SIZES), (2, halved)]:
                 pixels = _pixels(encoder, size)
-                for used in (weights, halved):
-                    # Twice, because the first call of a graph is a rehearsal for the ones that follow.
-                    for _ in range(2):
-                        difference = float((graph(pixels, *used) - forward(pixels, *used)).abs().max())
-                        if not difference <= _MAX_DIFFERENCE:
-                            raise RuntimeError(f"a batch of {size} differs by {difference:.1e}")
+                # Twice, because the first call of a graph is a rehearsal for the ones that follow.
+                for _ in range(2):
+                    difference = float((graph(pixels, *used) - forward(pixels, *used)).abs().max())
+                    if not difference <= _MAX_DIFFERENCE:
+                        raise RuntimeError(f"a batch of {size} differs by {difference:.1e}")
     except Exception as error:  # noqa: BLE001 - whatever torch says: the encoder works without a graph
         logger.info("the encoder runs without a graph", extra={"cause": f"{type(error).__name__}: {error}"[:200]})
         return None

@@ -1,4 +1,4 @@
-"""Answers concurrent requests in batches, in three stages that overlap: decode, encode, search.
+"""Answers concurrent requests in batches, in three stages: decode, encode, search.
 
 | stage | runs on | works on |
 |---|---|---|
@@ -11,8 +11,9 @@ without waiting for more to come. What comes next is decoded and what came befor
 `geosurge.server.admission` bound what is queued in all stages together.
 
 Encoding on the CPU wants the cores that decode. There the two take turns, each on all cores: what has arrived is
-decoded, and then encoded in one batch. Side by side, batches are small and the one disturbs the other. A lone image
-waits for nothing, and nobody longer than `MAX_TURN_SECONDS`.
+decoded, and then encoded in one batch. Side by side, batches are small and the one disturbs the other. A decoded image
+waits for those that are being decoded, for as long as the last batch took, and decoding waits for the end of a batch;
+both for `MAX_TURN_SECONDS` at most.
 
 A request that was cancelled, or whose deadline has passed, is left out when a batch is formed, and an answer that
 nobody waits for any more is dropped without touching the others. When work on a batch fails, its items fail, and the
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 MAX_TURN_SECONDS: Final = 0.05
-"""For how long decoding and encoding wait for each other at most: a large photo, or an encoder, may take longer."""
+"""For how long a batch and the decoding wait for each other at most: a large photo, or an encoder, may take longer."""
 
 
 @dataclass(eq=False)
@@ -118,7 +119,8 @@ class _Stage:
         self._changed = threading.Condition()
         self._queue: deque[_Item] = deque()
         self._queued_since = 0.0
-        self._expected = 0
+        self._expected: set[_Item] = set()
+        self._last_seconds = math.inf
         self._calls: deque[_Call] = deque()
         self._stopping = False
         self._working = threading.Lock()
@@ -137,22 +139,27 @@ class _Stage:
         """Starts the thread."""
         self._thread.start()
 
-    def expect(self, change: int) -> None:
-        """Says that so many more items are on their way, or, below 0, that they are not any more."""
+    def expect(self, item: _Item) -> None:
+        """Says that an item is on its way."""
         with self._changed:
-            self._expected += change
+            self._expected.add(item)
+
+    def expect_no_longer(self, item: _Item) -> None:
+        """Says that an item will not come."""
+        with self._changed:
+            self._expected.discard(item)
             if self._queue and not self._expected:
                 self._changed.notify()
 
-    def put(self, items: Sequence[_Item], *, expected: int = 0) -> None:
-        """Queues items, so many of which were expected.
+    def put(self, items: Sequence[_Item]) -> None:
+        """Queues items.
 
         Raises:
-            ShuttingDownError: The stage has been stopped; they are expected still.
+            ShuttingDownError: The stage has been stopped; those that were expected are so still.
         """
         with self._changed:
             self._check_open()
-            self._expected -= expected
+            self._expected.difference_update(items)
             is_first = not self._queue
             if is_first:
                 self._queued_since = time.monotonic()
@@ -165,7 +172,12 @@ class _Stage:
         if self._queue or self._stopping or not self._working.acquire(blocking=False):
             return False
         try:
+            self._busy_since = time.monotonic()
             self._work(items)
+            self._busy_since = math.inf
+        except BaseException as error:  # noqa: BLE001
+            self._reject(items, _crashed())
+            self._crash(error)
         finally:
             self._working.release()
         return True
@@ -199,16 +211,21 @@ class _Stage:
         try:
             while self._step():
                 pass
-        except BaseException as error:
-            logger.critical("stage crashed", extra={"stage": self.name}, exc_info=error)
-            with self._changed:
-                self._stopping = True
-                queue, self._queue = list(self._queue), deque()
-                calls, self._calls = list(self._calls), deque()
-            for call in calls:
-                call.future.cancel()
-            self._reject(queue, _crashed())
-            self._crashed(self.name)
+        except BaseException as error:  # noqa: BLE001
+            self._crash(error)
+
+    def _crash(self, error: BaseException) -> None:
+        """Says that the stage cannot work any more, and refuses what it has and what will come."""
+        logger.critical("stage crashed", extra={"stage": self.name}, exc_info=error)
+        with self._changed:
+            self._stopping = True
+            queue, self._queue = list(self._queue), deque()
+            calls, self._calls = list(self._calls), deque()
+            self._changed.notify()
+        for call in calls:
+            call.future.cancel()
+        self._reject(queue, _crashed())
+        self._crashed(self.name)
 
     def _step(self) -> bool:
         """Does one piece of work; false when there will be no more.
@@ -227,8 +244,8 @@ class _Stage:
                 batch, expired = self._take_batch()
             else:
                 return False
-        self._busy_since = time.monotonic()
         with self._working:
+            begun = self._busy_since = time.monotonic()
             if call:
                 call.run()
             if expired:
@@ -239,14 +256,22 @@ class _Stage:
                 except BaseException:
                     self._reject(batch, _crashed())
                     raise
-        self._busy_since = math.inf
+                self._last_seconds = time.monotonic() - begun
+            self._busy_since = math.inf
         return True
 
     def _gather_rest(self) -> float:
-        """For how long the next batch may still wait for what is expected, seconds."""
+        """For how long the next batch may still wait for what is expected, seconds.
+
+        Waiting for longer than the last batch took costs more than a batch of its own for whoever comes later.
+        """
         if not self._expected or len(self._queue) >= self._max_batch_size:
             return 0.0
-        return self._queued_since + self._gather_seconds - time.monotonic()
+        rest = self._queued_since + min(self._gather_seconds, self._last_seconds) - time.monotonic()
+        if rest <= 0:
+            # Slow ones are not waited for again.
+            self._expected.clear()
+        return rest
 
     def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
         """Takes the oldest item and what can go with it; also what has expired. Cancelled ones are dropped."""
@@ -276,9 +301,11 @@ class Batcher:
     ) -> None:
         self._metrics = metrics or Metrics()
         self._takes_turns = device == "cpu"
+        self._turn_begun = 0.0
         self._may_decode = threading.Event()
         self._may_decode.set()
         self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="geosurge-decode")
+        self._readers = ThreadPoolExecutor(decode_workers, thread_name_prefix="geosurge-read")
         self._encode = _Stage(
             "encode",
             self._encode_batch,
@@ -354,39 +381,44 @@ class Batcher:
         """
         answer: asyncio.Future[Location] = asyncio.get_running_loop().create_future()
         item = _Item(handle, options, answer, deadline, time.perf_counter())
-        if isinstance(query, bytes):
-            item.encoder, item.image = handle.locator.encoder, query
-            location = await self._locate_image(item)
-        else:
-            # What else can be wrong is found by the search; these two would cost its other items time, or an answer.
-            if options.region_tokens:
-                await self.in_decoder(_validate, handle, options)
-            if len(query) != handle.locator.manifest.dimension:
-                handle.locator.normalise_embedding(query)
-            item.embedding = query
-            self._search.put([item])
-            location = await answer
+        try:
+            if isinstance(query, bytes):
+                item.encoder, item.image = handle.locator.encoder, query
+                location = await self._locate_image(item)
+            else:
+                # What else can be wrong is found by the search; these two would cost others time, or an answer.
+                if options.region_tokens:
+                    await self.in_reader(_validate, handle, options)
+                if len(query) != handle.locator.manifest.dimension:
+                    handle.locator.normalise_embedding(query)
+                item.embedding = query
+                self._search.put([item])
+                location = await answer
+        finally:
+            # An error holds the frames that it came through. With the item in one of them, it would hold itself.
+            del item, answer
         self._metrics.stage("queue", location.timings.queue_ms / 1000)
         return location
 
     async def _locate_image(self, item: _Item) -> Location:
-        self._encode.expect(1)
+        self._encode.expect(item)
         try:
             decoding = self._decoders.submit(self._decode, item)
         except RuntimeError as error:
-            self._encode.expect(-1)
+            self._encode.expect_no_longer(item)
             raise _stopping() from error
         try:
             return await item.answer
         finally:
             # A caller that is gone leaves its place in the decoders' queue, but not its image.
             if decoding.cancel():
-                self._encode.expect(-1)
+                self._encode.expect_no_longer(item)
             item.image = None
+            del item, decoding
 
-    async def in_decoder(self, function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
-        """Runs a function that would block the event loop for too long on a decoding thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
+    async def in_reader(self, function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
+        """Runs a function that reads the tree, and would block the event loop for too long, on a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
 
     def between_batches(self, function: Callable[[], _Result]) -> Future[_Result]:
         """Runs a function that computes with all cores on the encoding thread, before the next batch.
@@ -401,14 +433,20 @@ class Batcher:
         self._encode.stop()
         self._search.stop()
         self._decoders.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
 
     def _decode(self, item: _Item) -> None:
-        self._may_decode.wait(MAX_TURN_SECONDS)
+        if item.image is not None:
+            self._may_decode.wait(max(0.0, self._turn_begun + MAX_TURN_SECONDS - time.perf_counter()))
         try:
             _decode(item)
-            self._encode.put([item], expected=1)
-        except Exception as error:  # noqa: BLE001
-            self._encode.expect(-1)
+            self._encode.put([item])
+        except GeoSurgeError as error:
+            self._encode.expect_no_longer(item)
+            # Without its traceback, whose frames hold the image.
+            self._reject([item], error)
+        except Exception as error:  # noqa: BLE001 - the service logs it under the request's id
+            self._encode.expect_no_longer(item)
             self._deliver([item], [error])
         else:
             self._metrics.stage("decode", item.decode_ms / 1000)
@@ -419,6 +457,7 @@ class Batcher:
             pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
             assert batch[0].encoder is not None
             if self._takes_turns:
+                self._turn_begun = begun
                 self._may_decode.clear()
             try:
                 embeddings = batch[0].encoder.encode(pixels)

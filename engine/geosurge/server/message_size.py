@@ -17,18 +17,19 @@ from geosurge.v1 import geolocation_pb2
 MAX_BYTES_BESIDES_IMAGE: Final = 1 << 20
 """Largest message, less the image in it: four times the longest embedding."""
 
+MAX_REQUESTS: Final = 4096
+"""Requests that one message of a stream may have: small ones cost much more memory parsed than as bytes."""
+
 _MAX_FIELDS: Final = 32
-"""Fields of one message that are looked at: a request has four, and a message of a stream one for each request."""
+"""Fields of a message that are looked at for images: a request has four, a message of a stream one for each request."""
 
 # A tag is the number of a field and, in its three last bits, how its content is written.
 _VARINT, _COUNTED_BYTES = 0, 2
 _FIXED_SIZES: Final = {1: 8, 5: 4}
 _IMAGE: Final = geolocation_pb2.LocateRequest.IMAGE_FIELD_NUMBER << 3 | _COUNTED_BYTES
 _REQUEST: Final = geolocation_pb2.LocateStreamRequest.REQUESTS_FIELD_NUMBER << 3 | _COUNTED_BYTES
-_TAGS_TO_IMAGE: Final = {
-    "/geosurge.v1.GeolocationService/Locate": (_IMAGE,),
-    "/geosurge.v1.GeolocationService/LocateStream": (_REQUEST, _IMAGE),
-}
+_STREAM: Final = "/geosurge.v1.GeolocationService/LocateStream"
+_TAGS_TO_IMAGE: Final = {"/geosurge.v1.GeolocationService/Locate": (_IMAGE,), _STREAM: (_REQUEST, _IMAGE)}
 
 
 def check_message_size(method: str, message: bytes) -> None:
@@ -39,8 +40,14 @@ def check_message_size(method: str, message: bytes) -> None:
         message: The request as it came.
 
     Raises:
-        MessageTooLargeError: It has more than `MAX_BYTES_BESIDES_IMAGE`, not counting the image.
+        MessageTooLargeError: It has more than `MAX_BYTES_BESIDES_IMAGE`, not counting the image, or more than
+            `MAX_REQUESTS`.
     """
+    # A request has two bytes at least.
+    if method == _STREAM and len(message) > 2 * MAX_REQUESTS:
+        requests = sum(tag == _REQUEST for tag, _, _ in islice(_fields(message, 0, len(message)), MAX_REQUESTS + 1))
+        if requests > MAX_REQUESTS:
+            raise MessageTooLargeError(f"the message has more than {MAX_REQUESTS} requests; send them in several")
     if len(message) <= MAX_BYTES_BESIDES_IMAGE:
         return
     tags = _TAGS_TO_IMAGE.get(method)

@@ -18,6 +18,7 @@ from geosurge.errors import (
     CoordinateOutOfRangeError,
     GeoSurgeError,
     PageInvalidError,
+    QueryMissingError,
     ShuttingDownError,
     StreamLimitError,
 )
@@ -164,6 +165,8 @@ class GeolocationService(geolocation_pb2_grpc.GeolocationServiceServicer):
         count = 0
         try:
             async for message in requests:
+                if not message.requests:
+                    raise QueryMissingError("a message of the stream holds no request; put at least one into each")
                 for request in message.requests:
                     if count == limit:
                         raise StreamLimitError(
@@ -205,7 +208,7 @@ async def _ready_results(
 
 
 class CellService(cell_pb2_grpc.CellServiceServicer):
-    """Reads the cells of an index version. Look-ups touch the disk, so they run on the decoding threads.
+    """Reads the cells of an index version. Look-ups touch the disk, so they run on threads of their own.
 
     A call takes a permit, or is refused at once, as one that locates does: both compete for the same machine.
     """
@@ -270,7 +273,7 @@ class CellService(cell_pb2_grpc.CellServiceServicer):
         name = check_version_name(version)
         with self._admission.take(peer_address(context)), self._versions.acquire(name) as handle:
             current_call().index_version = handle.name
-            return await self._batcher.in_decoder(_look_up, handle, look_up), handle.name
+            return await self._batcher.in_reader(_look_up, handle, look_up), handle.name
 
 
 def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation_pb2.GetInfoResponse:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -115,7 +116,7 @@ async def queued(batcher: Batcher, count: int) -> None:
 
 
 async def expected(batcher: Batcher, count: int) -> None:
-    while batcher._encode._expected != count:
+    while len(batcher._encode._expected) != count:
         await asyncio.sleep(0.001)
 
 
@@ -408,7 +409,7 @@ async def test_images_whose_decoding_ends_at_different_times_are_encoded_togethe
             assert batcher.queue_length == 2
         await asyncio.wait_for(asyncio.gather(*tasks), 10)
     assert encoded_batches(metrics) == (1, 3)
-    assert batcher._encode._expected == 0
+    assert batcher._encode._expected == set()
 
 
 async def test_an_image_does_not_wait_for_one_whose_decoding_takes_longer_than_a_turn(handle: VersionHandle) -> None:
@@ -421,7 +422,7 @@ async def test_an_image_does_not_wait_for_one_whose_decoding_takes_longer_than_a
             assert not slow.done()
         assert isinstance(await asyncio.wait_for(slow, 10), Location)
     assert encoded_batches(metrics) == (2, 2)
-    assert batcher._encode._expected == 0
+    assert batcher._encode._expected == set()
 
 
 @pytest.mark.usefixtures("long_turns")
@@ -468,7 +469,7 @@ async def test_stopping_does_not_wait_for_the_end_of_a_turn(handle: VersionHandl
         with pytest.raises(ShuttingDownError):
             await asyncio.wait_for(slow, 10)
         await asyncio.wait_for(stopping, 10)
-    assert batcher._encode._expected == 0
+    assert batcher._encode._expected == set()
 
 
 @pytest.mark.usefixtures("long_turns")
@@ -485,7 +486,7 @@ async def test_an_image_that_cannot_be_decoded_is_expected_no_longer(handle: Ver
             await asyncio.wait_for(bad, 10)
         assert isinstance(await asyncio.wait_for(good, 10), Location)
     assert encoded_batches(metrics) == (1, 1)
-    assert batcher._encode._expected == 0
+    assert batcher._encode._expected == set()
 
 
 @pytest.mark.usefixtures("long_turns")
@@ -504,7 +505,7 @@ async def test_an_image_whose_caller_went_before_it_was_decoded_is_expected_no_l
         await asyncio.wait_for(asyncio.gather(first, last), 10)
         assert gone.cancelled()
     assert encoded_batches(metrics) == (1, 2)
-    assert batcher._encode._expected == 0
+    assert batcher._encode._expected == set()
 
 
 @pytest.mark.usefixtures("long_turns")
@@ -522,7 +523,7 @@ async def test_an_image_whose_caller_went_while_it_was_decoded_is_expected_no_lo
         assert isinstance(await asyncio.wait_for(other, 10), Location)
         assert gone.cancelled()
     assert encoded_batches(metrics) == (1, 1)
-    assert batcher._encode._expected == 0
+    assert batcher._encode._expected == set()
 
 
 @pytest.mark.usefixtures("long_turns")
@@ -573,7 +574,7 @@ async def test_decoding_goes_on_after_an_encoder_has_failed(
             await asyncio.wait_for(batcher.locate(handle, encoded_image(0), OPTIONS), 10)
         assert batcher._may_decode.is_set()
         assert isinstance(await asyncio.wait_for(batcher.locate(handle, encoded_image(1), OPTIONS), 10), Location)
-    assert batcher._encode._expected == 0
+    assert batcher._encode._expected == set()
 
 
 @pytest.mark.usefixtures("long_turns")
@@ -599,7 +600,7 @@ async def test_beside_a_gpu_decoding_and_encoding_wait_for_nothing(
             assert not slow.done()
             assert not late.done()
         await asyncio.wait_for(asyncio.gather(slow, late), 10)
-    assert batcher._encode._expected == 0
+    assert batcher._encode._expected == set()
 
 
 async def test_a_lone_image_is_searched_where_it_was_encoded_unless_others_are_being_searched(
@@ -624,3 +625,40 @@ async def test_a_lone_image_is_searched_where_it_was_encoded_unless_others_are_b
                 await asyncio.sleep(0.01)
         await waiting
     assert threads == ["geosurge-encode", "geosurge-search", "geosurge-search"]
+
+
+async def test_an_image_that_failed_is_not_kept_by_its_own_error(handle: VersionHandle) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        async with started() as batcher:
+            for query in (b"garbage", encoded_image(0)[:-900]):
+                with pytest.raises(InputError):
+                    await batcher.locate(handle, query, OPTIONS)
+        assert [kept for kept in gc.get_objects() if type(kept).__name__ == "_Item"] == []
+    finally:
+        gc.enable()
+
+
+async def test_a_slow_image_is_waited_for_once(handle: VersionHandle) -> None:
+    slow_image = encoded_image(0)
+    async with started() as batcher:
+        with slow_decoding(handle, slow_image) as decoding:
+            slow = asyncio.create_task(batcher.locate(handle, slow_image, OPTIONS))
+            await decoding.reached()
+            await asyncio.wait_for(batcher.locate(handle, encoded_image(1), OPTIONS), 10)
+            assert batcher._encode._expected == set()
+        await asyncio.wait_for(slow, 10)
+
+
+async def test_a_search_that_crashes_beside_the_encoder_is_named(
+    handle: VersionHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("the search broke")
+
+    monkeypatch.setattr(handle.locator, "locate_embeddings", fail)
+    async with started() as batcher:
+        with pytest.raises(GeoSurgeError):
+            await batcher.locate(handle, encoded_image(0), OPTIONS)
+        assert await asyncio.wait_for(batcher.crashed(), 10) == "search"

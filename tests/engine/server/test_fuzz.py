@@ -124,7 +124,7 @@ def values(field: FieldDescriptor, words: list[str]) -> st.SearchStrategy[Any]:
 
 def very_many(value: Any) -> list[Any]:
     """A value again and again, as far as the message stays a few megabytes."""
-    size = len(value) if isinstance(value, str | bytes) else 1
+    size = value.ByteSize() if isinstance(value, Message) else len(value) if isinstance(value, str | bytes) else 1
     return [value] * min(70_000, 1 + 4_000_000 // max(size, 1))
 
 

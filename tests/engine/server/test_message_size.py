@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from geosurge.errors import MessageTooLargeError
-from geosurge.server.message_size import MAX_BYTES_BESIDES_IMAGE, check_message_size
+from geosurge.server.message_size import MAX_BYTES_BESIDES_IMAGE, MAX_REQUESTS, check_message_size
 from geosurge.v1 import geolocation_pb2 as pb
 from geosurge.v1 import index_pb2
 
@@ -76,6 +76,14 @@ def test_nothing_else_may_be_large(name: str) -> None:
     for several in (item(request), item(IMAGE) + item(request), item(request) + item(IMAGE), request):
         with pytest.raises(MessageTooLargeError):
             check_message_size(LOCATE_STREAM, several)
+
+
+def test_a_message_of_a_stream_may_have_no_more_requests_than_can_be_parsed() -> None:
+    check_message_size(LOCATE_STREAM, b"\x0a\x00" * MAX_REQUESTS)
+    check_message_size(LOCATE_STREAM, UNKNOWN + item(ID) * MAX_REQUESTS)
+    for small in (b"\x0a\x00", item(ID)):
+        with pytest.raises(MessageTooLargeError, match="more than 4096 requests"):
+            check_message_size(LOCATE_STREAM, small * (MAX_REQUESTS + 1))
 
 
 def test_only_requests_that_hold_an_image_may_be_large() -> None:

@@ -127,6 +127,22 @@ async def test_a_stream_item_without_a_request_gets_an_id_and_a_reason(live: Liv
     assert error_of(response.status).reason == "QUERY_MISSING"
 
 
+async def test_a_message_without_a_request_ends_its_stream_after_the_answers(live: Live) -> None:
+    messages = [pb.LocateStreamRequest(requests=[good("a"), good("b")]), pb.LocateStreamRequest()]
+    answers = results(geolocation(live[1]).LocateStream(iter(messages)))
+    assert [(await anext(answers)).request_id for _ in range(2)] == ["a", "b"]
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "QUERY_MISSING"):
+        await anext(answers)
+
+
+async def test_several_requests_of_a_message_are_answered_in_order_and_each_for_itself(live: Live) -> None:
+    requests = [good("a"), pb.LocateRequest(request_id="b", image=b"garbage"), good("c")]
+    call = geolocation(live[1]).LocateStream(iter([pb.LocateStreamRequest(requests=requests)]))
+    answered = [answer async for answer in results(call)]
+    assert [answer.request_id for answer in answered] == ["a", "b", "c"]
+    assert [answer.HasField("response") for answer in answered] == [True, False, True]
+
+
 async def test_an_item_that_fails_unexpectedly_is_logged_with_its_id(
     live: Live, caplog: pytest.LogCaptureFixture
 ) -> None:
