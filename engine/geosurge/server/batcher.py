@@ -12,7 +12,7 @@ without waiting for more to come. What comes next is decoded and what came befor
 
 Encoding on the CPU wants the cores that decode. There the two take turns, each on all cores: what has arrived is
 decoded, and then encoded in one batch. Side by side, batches are small and the one disturbs the other. A decoded image
-waits for those that are being decoded, for as long as the last batch took, and decoding waits for the end of a batch;
+waits for those that are being decoded, twice as long as the last batch took, and decoding for the end of a batch;
 both for `MAX_TURN_SECONDS` at most.
 
 A request that was cancelled, or whose deadline has passed, is left out when a batch is formed, and an answer that
@@ -118,7 +118,6 @@ class _Stage:
         self._gather_seconds = gather_seconds
         self._changed = threading.Condition()
         self._queue: deque[_Item] = deque()
-        self._queued_since = 0.0
         self._expected: set[_Item] = set()
         self._last_seconds = math.inf
         self._calls: deque[_Call] = deque()
@@ -161,10 +160,8 @@ class _Stage:
             self._check_open()
             self._expected.difference_update(items)
             is_first = not self._queue
-            if is_first:
-                self._queued_since = time.monotonic()
             self._queue.extend(items)
-            if is_first or self._gather_rest() <= 0:
+            if is_first or self._is_ready:
                 self._changed.notify()
 
     def work_now(self, items: list[_Item]) -> bool:
@@ -236,8 +233,7 @@ class _Stage:
         batch: list[_Item] = []
         expired: list[_Item] = []
         with self._changed:
-            while not (self._calls or self._stopping or (self._queue and self._gather_rest() <= 0)):
-                self._changed.wait(self._gather_rest() if self._queue else None)
+            self._wait()
             if self._calls:
                 call = self._calls.popleft()
             elif self._queue:
@@ -260,18 +256,25 @@ class _Stage:
             self._busy_since = math.inf
         return True
 
-    def _gather_rest(self) -> float:
-        """For how long the next batch may still wait for what is expected, seconds.
+    @property
+    def _is_ready(self) -> bool:
+        """Whether there is a batch that waits for nothing."""
+        return bool(self._queue) and (not self._expected or len(self._queue) >= self._max_batch_size)
 
-        Waiting for longer than the last batch took costs more than a batch of its own for whoever comes later.
+    def _wait(self) -> None:
+        """Waits for work, and a batch for what is expected.
+
+        For longer than two batches take, waiting costs more than it saves; what is slow is not waited for again.
         """
-        if not self._expected or len(self._queue) >= self._max_batch_size:
-            return 0.0
-        rest = self._queued_since + min(self._gather_seconds, self._last_seconds) - time.monotonic()
-        if rest <= 0:
-            # Slow ones are not waited for again.
-            self._expected.clear()
-        return rest
+        give_up = math.inf
+        while not (self._calls or self._stopping or self._is_ready):
+            now = time.monotonic()
+            if self._queue and give_up == math.inf:
+                give_up = now + min(self._gather_seconds, 9 * self._last_seconds)
+            if now >= give_up:
+                self._expected.clear()
+            else:
+                self._changed.wait(None if give_up == math.inf else give_up - now)
 
     def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
         """Takes the oldest item and what can go with it; also what has expired. Cancelled ones are dropped."""
