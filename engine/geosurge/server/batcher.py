@@ -268,13 +268,14 @@ class _Stage:
         """
         give_up = math.inf
         while not (self._calls or self._stopping or self._is_ready):
-            now = time.monotonic()
+            now = time.perf_counter()
             if self._queue and give_up == math.inf:
-                give_up = now + min(self._gather_seconds, 9 * self._last_seconds)
+                give_up = now + min(self._gather_seconds, 2 * self._last_seconds)
             if now >= give_up:
-                self._expected.clear()
-            else:
-                self._changed.wait(None if give_up == math.inf else give_up - now)
+                late = [item for item in self._expected if now - item.arrived_at > self._gather_seconds]
+                self._expected.difference_update(late)
+                return
+            self._changed.wait(None if give_up == math.inf else give_up - now)
 
     def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
         """Takes the oldest item and what can go with it; also what has expired. Cancelled ones are dropped."""
