@@ -43,7 +43,8 @@ _Graph = Callable[..., Tensor]
 _Place = tuple[dict[str, Any], str]
 """Where a weight is kept: a dictionary of a module, and its name there."""
 
-_lock = threading.Lock()
+# Two, because encoding must not wait for a recording.
+_graphs_lock, _threads_lock = threading.Lock(), threading.Lock()
 _graphs: dict[tuple[type, str], _Graph] = {}
 
 
@@ -61,7 +62,7 @@ def as_graph(encoder: ImageEncoder) -> Callable[[Tensor], Tensor] | None:
     if sum(place[name].numel() for place, name in places) > MAX_PARAMETERS:
         return None
     key = type(encoder), encoder.config.to_json()
-    with _lock:
+    with _graphs_lock:
         graph = _graphs.get(key) or _record(encoder, places)
         if graph is not None:
             _graphs[key] = graph
@@ -77,7 +78,7 @@ def _run(graph: _Graph, pixels: Tensor, weights: Sequence[Tensor]) -> Tensor:
     threads = torch.get_num_threads()
     if threads < 2 or len(pixels) < _MIN_PART_SIZE * threads:
         return graph(pixels, *weights)
-    with _lock:
+    with _threads_lock:
         pool = _part_threads(threads, os.getpid())
     run = functools.partial(_run_part, graph, weights)
     return torch.cat(list(pool.map(run, pixels.tensor_split(threads))))
