@@ -135,7 +135,10 @@ def _handler(method: MethodDescriptor) -> Any:
         return response
 
     async def answer_stream(requests: AsyncIterator[Any], context: Any) -> None:
-        async for _ in requests:
+        async for message in requests:
+            response.ClearField("results")
+            for request in message.requests:
+                response.results.add(request_id=request.request_id).response.index_version = INDEX_VERSION
             await context.write(response)
 
     if method.client_streaming:
