@@ -4,7 +4,7 @@
 
 A server process and this one, which is the client, share the machine. In every round each measurement has its turn, the
 bare one and the served one of a pair right after each other (lone requests in turns of a few), so that what else the
-machine does falls on both: compare ratios, not runs. Reported are medians over the rounds.
+machine does falls on both: compare ratios, not runs. Reported are medians over the rounds, or turns.
 
 - ``throughput_ratio``: images a second that 16 concurrent clients get over gRPC, divided by what `Locator.locate` does
   with the same images in this process in batches of the server's largest size.
@@ -50,8 +50,9 @@ from support.traffic import swap_under_load
 
 CLIENTS = 16
 IMAGES_A_ROUND = 384
-LONE_REQUESTS = 10
-LONE_TURNS_A_ROUND = 5
+LONE_REQUESTS = 12
+LONE_REQUESTS_NOT_COUNTED = 3
+LONE_TURNS_A_ROUND = 8
 EMBEDDINGS_A_ROUND = 3000
 SWAP_EMBEDDINGS = 24
 SWAP_SECONDS = 60.0
@@ -83,8 +84,10 @@ def locate_served(clients: list[Client], pool: ThreadPoolExecutor, images: list[
         checked(answers)
 
 
-def lone_latencies_ms(locate: Callable[[bytes], object], images: list[bytes]) -> list[float]:
-    return [1000 * seconds_of(lambda image=image: locate(image)) for image in images]  # type: ignore[misc]
+def lone_latency_ms(locate: Callable[[bytes], object], images: list[bytes]) -> float:
+    """Median of one turn; its first requests do not count, because the other side's threads may still be spinning."""
+    latencies = [1000 * seconds_of(lambda image=image: locate(image)) for image in images]  # type: ignore[misc]
+    return statistics.median(latencies[LONE_REQUESTS_NOT_COUNTED:])
 
 
 def query_embeddings(locator: Locator, images: list[bytes], count: int) -> NDArray[np.float32]:
@@ -111,11 +114,9 @@ def measure(index: Path, rounds: int) -> dict[str, Any]:
             ratios.append(bare / served)
             bare_rates.append(len(many) / bare)
             served_rates.append(len(many) / served)
-            alone_bare, alone_served = [], []
             for _ in range(LONE_TURNS_A_ROUND):
-                alone_bare += lone_latencies_ms(lambda image: locator.locate([image]), few)
-                alone_served += lone_latencies_ms(clients[0].locate, few)
-            added.append(statistics.median(alone_served) - statistics.median(alone_bare))
+                alone_bare = lone_latency_ms(lambda image: locator.locate([image]), few)
+                added.append(lone_latency_ms(clients[0].locate, few) - alone_bare)
             stream = seconds_of(lambda: checked(list(clients[0].locate_many(embeddings, window=256))))
             rates.append(len(embeddings) / stream)
         for client in clients:
