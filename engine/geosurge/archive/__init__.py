@@ -1,0 +1,1 @@
+"""Bulk geotagging: a whole archive in, one row for each picture out."""

@@ -1,0 +1,105 @@
+"""One row for each picture: what every output holds, and the schema that is published in the README."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+from geosurge.location import Alternative, Location, PathCell, Place, Timings
+
+
+class Status(enum.StrEnum):
+    """What became of a picture."""
+
+    DONE = "done"
+    SKIPPED = "skipped"
+    WITHHELD = "withheld"
+    FAILED = "failed"
+
+
+HAS_POSITION: Final = "HAS_POSITION"
+"""Reason of a row that is skipped."""
+
+PROBABILITY_TOO_LOW: Final = "PROBABILITY_TOO_LOW"
+RADIUS_TOO_LARGE: Final = "RADIUS_TOO_LARGE"
+"""Reasons of rows that are withheld."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a picture says that it was taken.
+
+    Attributes:
+        latitude_deg: Latitude, WGS-84 degrees.
+        longitude_deg: Longitude, WGS-84 degrees, in [-180, 180].
+        source: ``"exif"``, ``"xmp"`` (inside the picture) or ``"sidecar"``.
+    """
+
+    latitude_deg: float
+    longitude_deg: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture.
+
+    Attributes:
+        path: The picture's path as it was found (bytes that are not UTF-8 as ``\\xNN``), of one in a shard
+            ``SHARD/MEMBER``.
+        status: What became of it.
+        reason: Why it is not done, as a stable string: one of this module's, or of an error of `geosurge.errors`.
+        detail: The same in words; empty when it is done.
+        content_hash: SHA-256 of the file's bytes in hexadecimal; empty where it was not read to its end.
+        position: What the picture itself says, where it says anything.
+        latitude_deg: Latitude of the estimate; only of rows that are done.
+        longitude_deg: Longitude of the estimate; only of rows that are done.
+        radius_km: Radius around the estimate that holds ``confidence_level`` of the posterior; also of withheld rows.
+        confidence_level: That part of the posterior.
+        probability: Posterior probability of the most likely leaf; also of withheld rows.
+        cells: Cells from level 1 to the most likely leaf, with the probability of each.
+        place: Place nearest to the estimate.
+        alternatives: The most likely leaves, best first.
+        index_version: Name of the index bundle that answered.
+        encoder_hash: SHA-256 of the encoder that embedded the picture.
+        timings: Where the time went.
+    """
+
+    path: str
+    status: Status
+    reason: str = ""
+    detail: str = ""
+    content_hash: str = ""
+    position: Position | None = None
+    latitude_deg: float | None = None
+    longitude_deg: float | None = None
+    radius_km: float | None = None
+    confidence_level: float | None = None
+    probability: float | None = None
+    cells: tuple[PathCell, ...] = ()
+    place: Place | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    index_version: str = ""
+    encoder_hash: str = ""
+    timings: Timings | None = None
+
+
+def located(path: str, content_hash: str, location: Location, encoder_hash: str) -> Row:
+    """The row of a picture that was located."""
+    return Row(
+        path=path,
+        status=Status.DONE,
+        content_hash=content_hash,
+        latitude_deg=location.latitude_deg,
+        longitude_deg=location.longitude_deg,
+        radius_km=location.radius_km,
+        confidence_level=location.confidence_level,
+        probability=location.probability,
+        cells=location.path,
+        place=location.place,
+        alternatives=location.alternatives,
+        index_version=location.index_version,
+        encoder_hash=encoder_hash,
+        timings=location.timings,
+    )
