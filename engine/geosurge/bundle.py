@@ -59,8 +59,7 @@ from geosurge.manifest import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from geosurge.preprocessing import Preprocessing
     from geosurge.search import HierarchicalIndex
 
 __all__ = [
@@ -121,11 +120,8 @@ class Encoder(Protocol):
         """SHA-256 over configuration and weights."""
 
     @property
-    def preprocessing_id(self) -> str:
-        """Name of the way from image to pixels."""
-
-    def preprocess(self, image: Image) -> NDArray[np.uint8]:
-        """Pixels of an upright RGB image."""
+    def preprocessing(self) -> Preprocessing:
+        """The way from an image to pixels."""
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embeddings of a batch of pixels."""
@@ -622,7 +618,7 @@ def _identity_problems(bundle: Bundle, encoder: Encoder) -> Iterator[Problem]:
     file = f"{ENCODER_DIRECTORY}/config.json"
     expected = (
         ("fingerprint", encoder.fingerprint, info.sha256),
-        ("preprocessing", encoder.preprocessing_id, info.preprocessing_id),
+        ("preprocessing", encoder.preprocessing.id, info.preprocessing_id),
         ("dimension", encoder.dimension, bundle.manifest.dimension),
     )
     for name, actual, recorded in expected:
@@ -638,11 +634,9 @@ def _identity_problems(bundle: Bundle, encoder: Encoder) -> Iterator[Problem]:
 
 
 def _golden_image_problems(bundle: Bundle, encoder: Encoder, image: GoldenImage) -> Iterator[Problem]:
-    from geosurge.images import decode_image  # noqa: PLC0415 - reading a manifest must not load Pillow
-
     file = bundle.path / image.file
     try:
-        pixels = encoder.preprocess(decode_image(file.read_bytes()))
+        pixels = encoder.preprocessing.decode(file.read_bytes())
     except (ImageError, OSError) as error:
         yield Problem(image.file, BundleCorruptError(f"{file} cannot be read as an image: {error}"))
         return

@@ -38,10 +38,11 @@ from geosurge.errors import (
     RegionCellUnknownError,
     RegionEmptyError,
 )
-from geosurge.images import DEFAULT_LIMITS, ImageLimits, decode_image, normalise_image, read_image_bytes
+from geosurge.images import DEFAULT_LIMITS, ImageLimits, normalise_image, read_image_bytes
 from geosurge.location import Alternative, CredibleRegion, LocateOptions, Location, PathCell, Timings
 from geosurge.manifest import Manifest
 from geosurge.posterior import Calibration, LeafShapes, Posteriors, infer, leaf_shapes, path_masses
+from geosurge.preprocessing import Preprocessing
 from geosurge.search import HierarchicalIndex, merge_ranges
 from geosurge.store import resolve_bundle
 
@@ -226,7 +227,7 @@ class Locator:
             ImageError: The image cannot be used.
             EncoderMissingError: The index version answers embeddings only.
         """
-        return self.encoder.preprocess(decode_image(data, self.limits))
+        return self.encoder.preprocessing.decode(data, self.limits)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embeds preprocessed images.
@@ -365,7 +366,7 @@ class Locator:
             begun = time.perf_counter()
             try:
                 self.validate_options(wanted)
-                pixels = encoder.preprocess(self._read(image))
+                pixels = self._pixels(encoder.preprocessing, image)
             except InputError as error:
                 results[row] = error
             else:
@@ -379,11 +380,11 @@ class Locator:
                 results[row] = _with_image_timings(result, decode_ms, encode_ms)
         return [results[row] for row in range(len(images))]
 
-    def _read(self, image: ImageInput) -> Image.Image:
+    def _pixels(self, preprocessing: Preprocessing, image: ImageInput) -> NDArray[np.uint8]:
         if isinstance(image, Image.Image):
-            return normalise_image(image, self.limits)
+            return preprocessing.apply(normalise_image(image, self.limits))
         data = image if isinstance(image, bytes) else read_image_bytes(image, self.limits)
-        return decode_image(data, self.limits)
+        return preprocessing.decode(data, self.limits)
 
     def _plan(self, options: LocateOptions) -> _SearchPlan:
         _check_integer("top_k", options.top_k, 1, MAX_TOP_K)

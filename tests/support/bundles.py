@@ -33,7 +33,6 @@ from geosurge.bundle import (
 )
 from geosurge.cells import CellRows, CellTree, write_cell_tree
 from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder, SegmentationConfig, VisionConfig
-from geosurge.images import decode_image
 from geosurge.location import Place
 from geosurge.search import HierarchicalIndex
 from geosurge_training.indexing import composite_embeddings, write_level_indexes
@@ -229,10 +228,10 @@ def _add_encoder(
     file = directory / GOLDEN_DIRECTORY / "1.png"
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content.getvalue())
-    embedding = encoder.encode(encoder.preprocess(decode_image(content.getvalue()))[None])[0]
+    embedding = encoder.encode(encoder.preprocessing.decode(content.getvalue())[None])[0]
     info = EncoderInfo(
         sha256=encoder.fingerprint,
-        preprocessing_id=encoder.preprocessing_id,
+        preprocessing_id=encoder.preprocessing.id,
         vision=type(encoder.vision).__name__,
         segmentation=type(encoder.segmenter).__name__,
         parameters=sum(encoder.parameter_counts().values()),

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from geosurge.errors import ConfigurationError
+from geosurge.images import decode_image
 from geosurge_training.csv_images import CsvImages
 
 COUNT = 60
 
 
-def preprocess(image: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(image.resize((16, 16)), dtype=np.uint8).transpose(2, 0, 1)
+def decode(data: bytes) -> NDArray[np.uint8]:
+    return np.asarray(decode_image(data).resize((16, 16)), dtype=np.uint8).transpose(2, 0, 1)
 
 
 def place(number: int) -> tuple[float, float]:
@@ -46,7 +47,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def open_images(path: Path, **settings: Any) -> CsvImages:
-    return CsvImages(path, preprocess=preprocess, **{"held_out_share": 0.25, "seed": 5, **settings})
+    return CsvImages(path, decode=decode, **{"held_out_share": 0.25, "seed": 5, **settings})
 
 
 def numbers_of(batch: Any) -> list[int]:

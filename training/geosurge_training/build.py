@@ -120,7 +120,7 @@ def build(recipe: Recipe, run: Path) -> Path:
         point_estimator="leaf",
         encoder=EncoderInfo(
             sha256=encoder.fingerprint,
-            preprocessing_id=encoder.preprocessing_id,
+            preprocessing_id=encoder.preprocessing.id,
             vision=str(encoder.config.vision.backbone["model_type"]),
             segmentation=str(encoder.config.segmentation.backbone["model_type"]),
             parameters=sum(encoder.parameter_counts().values()),
@@ -175,6 +175,6 @@ def _write_golden_images(directory: Path, encoder: ImageEncoder) -> tuple[Golden
         coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
         picture.save(directory / file, "PNG")
-        embedding = encoder.encode(encoder.preprocess(picture)[None])[0]
+        embedding = encoder.encode(encoder.preprocessing.apply(picture)[None])[0]
         golden.append(GoldenImage(file=file, embedding=encode_embedding(embedding)))
     return tuple(golden)

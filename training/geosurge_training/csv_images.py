@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from geosurge.errors import ConfigurationError, ImageError
-from geosurge.images import decode_image
 from geosurge_training.data import Batch
 
 _LOGGER = logging.getLogger(__name__)
@@ -36,7 +34,7 @@ class CsvImages:
         csv_path: Path,
         images: Path | None = None,
         *,
-        preprocess: Callable[[Image.Image], npt.NDArray[np.uint8]],
+        decode: Callable[[bytes], npt.NDArray[np.uint8]],
         seed: int = 0,
         held_out_share: float = 0.05,
         max_bad_share: float = 0.01,
@@ -46,7 +44,7 @@ class CsvImages:
         Args:
             csv_path: The file.
             images: Folder that relative paths start from; default the file's own.
-            preprocess: From a decoded image to canonical pixels; an encoder's `preprocess`.
+            decode: From an encoded image to canonical pixels; that of an encoder's `preprocessing`.
             seed: Seed of the epochs' orders.
             held_out_share: Share of the images that is held out.
             max_bad_share: Share of undecodable images in a batch above which it is an error.
@@ -56,7 +54,7 @@ class CsvImages:
                 image to train on.
         """
         self._folder = images or csv_path.parent
-        self._preprocess = preprocess
+        self._decode = decode
         self._seed = seed
         self._max_bad_share = max_bad_share
         self._paths, self._latitude_deg, self._longitude_deg = read_image_table(csv_path)
@@ -119,7 +117,7 @@ class CsvImages:
     def _pixels(self, row: int) -> npt.NDArray[np.uint8] | None:
         path = self._folder / self._paths[row]
         try:
-            return self._preprocess(decode_image(path.read_bytes()))
+            return self._decode(path.read_bytes())
         except (ImageError, OSError) as error:
             _LOGGER.warning("%s is left out: %s", path, error)
             return None

@@ -56,7 +56,7 @@ def open_source(recipe: Recipe, encoder: ImageEncoder) -> ImageSource:
     return CsvImages(
         data.csv,
         data.images,
-        preprocess=encoder.preprocess,
+        decode=encoder.preprocessing.decode,
         seed=recipe.seed,
         held_out_share=data.held_out_share,
         max_bad_share=data.max_bad_share,

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from geosurge.encoder.graph import as_graph
 from geosurge.encoder.segmentation import SegmentationConfig, Segmenter
 from geosurge.encoder.vision import VisionConfig, VisionTower
 from geosurge.errors import EncoderError
+from geosurge.preprocessing import Preprocessing
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -38,12 +38,14 @@ class EncoderConfig:
         segmentation: The segmenter.
         fusion: The fusion module.
         weight_dtype: Type that the weights are stored in; they are computed with in float32.
+        jpeg_draft: See `geosurge.preprocessing.Preprocessing`.
     """
 
     vision: VisionConfig
     segmentation: SegmentationConfig
     fusion: FusionConfig
     weight_dtype: WeightDtype = "float32"
+    jpeg_draft: bool = True
 
     def __post_init__(self) -> None:
         """Checks the storage type.
@@ -157,9 +159,9 @@ class ImageEncoder(nn.Module):
         return self.fusion.class_token.device
 
     @property
-    def preprocessing_id(self) -> str:
-        """Names the way from a decoded image to canonical pixels; an index is only valid with the same one."""
-        return f"shortest-side-{self.image_size}-bicubic-centre-crop-v1"
+    def preprocessing(self) -> Preprocessing:
+        """The way from an image to canonical pixels; safe to use from many threads at once."""
+        return Preprocessing(self.image_size, self.config.jpeg_draft)
 
     @property
     def fingerprint(self) -> str:
@@ -170,27 +172,6 @@ class ImageEncoder(nn.Module):
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
             digest.update(values.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def preprocess(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Brings an image to canonical pixels: shortest side to `image_size` (bicubic, antialiased), centre crop.
-
-        Safe to call from many threads at once.
-
-        Args:
-            image: RGB, upright, any size.
-
-        Returns:
-            (3, image_size, image_size) uint8.
-        """
-        side = self.image_size
-        width, height = image.size
-        # Crop and resize in one go, in source coordinates: an odd margin is halved without rounding.
-        shortest = min(width, height)
-        left, top = (width - shortest) / 2, (height - shortest) / 2
-        if image.size != (side, side):
-            box = (left, top, left + shortest, top + shortest)
-            image = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embeds canonical pixels.
@@ -210,7 +191,7 @@ class ImageEncoder(nn.Module):
         """Embeds canonical pixels for search.
 
         Args:
-            pixels: (n, 3, image_size, image_size) uint8, as `preprocess` makes them; n may be 0.
+            pixels: (n, 3, image_size, image_size) uint8, as `preprocessing` makes them; n may be 0.
 
         Returns:
             (n, dimension) float32, unit rows.

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.backbones import CLASS_COUNT, CLIP, ONEFORMER, RESNET, SEGFORMER, Settings
 
@@ -21,6 +19,7 @@ from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder, Segmenta
 from geosurge.encoder.segmentation import ONEFORMER_TASK_TOKENS, Segmenter
 from geosurge.encoder.vision import VisionTower
 from geosurge.errors import EncoderError
+from geosurge.preprocessing import Preprocessing
 
 FUSION = FusionConfig(dimension=12, width=16, latent_width=8, heads=2, blocks=2)
 SIDE = 32
@@ -46,11 +45,6 @@ def random_pixels(count: int, side: int = SIDE, seed: int = 0) -> NDArray[np.uin
     return np.random.default_rng(seed).integers(0, 256, (count, 3, side, side), np.uint8)
 
 
-def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
 @pytest.fixture(scope="module")
 def encoder() -> ImageEncoder:
     return make_encoder()
@@ -62,87 +56,13 @@ def saved(encoder: ImageEncoder, tmp_path: Path) -> Path:
     return tmp_path / "encoder"
 
 
-def test_an_image_of_the_canonical_size_is_not_touched(encoder: ImageEncoder) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
-    pixels = encoder.preprocess(image)
-    assert pixels.dtype == np.uint8
-    assert pixels.flags.c_contiguous
-    assert np.array_equal(pixels, np.asarray(image).transpose(2, 0, 1))
-
-
-def bicubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' cubic convolution kernel with a = -1/2."""
-    x = np.abs(x)
-    inner = (1.5 * x - 2.5) * x * x + 1.0
-    outer = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    return np.where(x < 1.0, inner, np.where(x < 2.0, outer, 0.0))
-
-
-def resampling_matrix(length: int, start: float, extent: float, size: int) -> NDArray[np.float64]:
-    """(size, length) weights of an antialiased bicubic resize of a stretch of a line of pixels."""
-    scale = extent / size
-    centres = start + (np.arange(size) + 0.5) * scale
-    distances = (np.arange(length) + 0.5)[None, :] - centres[:, None]
-    weights = bicubic(distances / max(scale, 1.0))
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def centre_square(image: Image.Image) -> NDArray[np.float64]:
-    """(3, SIDE, SIDE) centre square of an image, in float64."""
-    width, height = image.size
-    shortest = min(width, height)
-    across = resampling_matrix(width, (width - shortest) / 2, shortest, SIDE)
-    down = resampling_matrix(height, (height - shortest) / 2, shortest, SIDE)
-    channels = np.asarray(image, dtype=np.float64).transpose(2, 0, 1)
-    return (down @ channels @ across.T).clip(0.0, 255.0)
-
-
-@pytest.mark.parametrize("size", [(90, 60), (60, 90), (61, 40), (40, 61), (33, 32), (20, 24), (64, 64), (8, 500)])
-def test_preprocessing_is_a_centre_crop_and_a_bicubic_resize(encoder: ImageEncoder, size: tuple[int, int]) -> None:
-    image = random_image(*size)
-    # Pillow rounds to whole levels after each of the two directions.
-    np.testing.assert_allclose(encoder.preprocess(image), centre_square(image), atol=2.0)
-
-
-def test_a_large_image_is_shrunk_all_but_exactly(encoder: ImageEncoder) -> None:
-    image = random_image(1200, 800)
-    np.testing.assert_allclose(encoder.preprocess(image), centre_square(image), atol=3.0)
-
-
-def test_what_is_cut_off_does_not_matter_beyond_the_filters_reach(encoder: ImageEncoder) -> None:
-    canvas = np.zeros((50, 150, 3), np.uint8)
-    reach = 4
-    canvas[:, 50 - reach : 100 + reach] = 200
-    assert (encoder.preprocess(Image.fromarray(canvas)) == 200).all()
-
-
-def test_the_upper_left_corner_stays_there(encoder: ImageEncoder) -> None:
-    canvas = np.zeros((80, 120, 3), np.uint8)
-    canvas[:40, 20:60, 0] = 255
-    pixels = encoder.preprocess(Image.fromarray(canvas))
-    means = pixels[0].reshape(2, SIDE // 2, 2, SIDE // 2).mean(axis=(1, 3))
-    assert means[0, 0] > 240
-    assert max(means[0, 1], means[1, 0], means[1, 1]) < 10
-    assert not pixels[1:].any()
-
-
-def test_preprocessing_in_threads_gives_what_it_gives_in_turn(encoder: ImageEncoder) -> None:
-    images = [random_image(40 + 7 * number, 90 - 3 * number, number) for number in range(16)]
-    in_turn = [encoder.preprocess(image) for image in images]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(5):
-            for one, other in zip(in_turn, pool.map(encoder.preprocess, images), strict=True):
-                assert np.array_equal(one, other)
-
-
 def test_the_canonical_size_is_the_larger_towers() -> None:
     config = make_config()
     larger = replace(config, segmentation=replace(config.segmentation, image_size=48))
     built = make_encoder(larger)
     assert built.image_size == 48
-    assert built.preprocess(random_image(60, 60)).shape == (3, 48, 48)
+    assert built.preprocessing == Preprocessing(48)
     assert built.encode(random_pixels(1, 48)).shape == (1, FUSION.dimension)
-    assert built.preprocessing_id != make_encoder().preprocessing_id
 
 
 def test_embeddings_are_unit_rows_whatever_the_batch(encoder: ImageEncoder) -> None:
