@@ -51,6 +51,13 @@ class InputNotReadableError(InputError):
     reason = "INPUT_NOT_READABLE"
 
 
+class InputChangedError(InputError):
+    """A file is another one than when it was found."""
+
+    grpc_code = "ABORTED"
+    reason = "INPUT_CHANGED"
+
+
 class EncoderMissingError(InputError):
     """An image was sent to an index version that has no encoder: it answers embeddings only."""
 
