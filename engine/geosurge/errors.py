@@ -216,6 +216,12 @@ class PermissionDeniedError(UsageError):
     reason = "PERMISSION_DENIED"
 
 
+class OutputNotWritableError(UsageError):
+    """A file of results cannot be written where it should be: the disk is full, or the folder is not writable."""
+
+    reason = "OUTPUT_NOT_WRITABLE"
+
+
 class BundleError(GeoSurgeError):
     """An index bundle cannot be used."""
 
