@@ -176,6 +176,42 @@ class IndexVersionUnknownError(InputError):
     reason = "INDEX_VERSION_UNKNOWN"
 
 
+class SidecarInvalidError(InputError):
+    """A picture's sidecar is not XMP, so that nobody can say what it says about the picture."""
+
+    reason = "SIDECAR_INVALID"
+
+
+class HasPositionError(InputError):
+    """A picture says already where it was taken, which no guess may overwrite."""
+
+    reason = "HAS_POSITION"
+
+
+class ExifInvalidError(InputError):
+    """A picture's EXIF is damaged, so that nothing can be added to it safely."""
+
+    reason = "EXIF_INVALID"
+
+
+class WriteUnsupportedError(InputError):
+    """A position cannot be written into a file of this kind."""
+
+    reason = "WRITE_UNSUPPORTED"
+
+
+class FileChangedError(InputError):
+    """A file is not what it was when a write to it was prepared or done: it is somebody else's by now."""
+
+    reason = "FILE_CHANGED"
+
+
+class FileNotWritableError(InputError):
+    """The system refuses to write a picture, its sidecar or its backup."""
+
+    reason = "FILE_NOT_WRITABLE"
+
+
 class UsageError(GeoSurgeError):
     """A flag, a setting or a recipe is wrong."""
 
