@@ -258,6 +258,19 @@ class OutputNotWritableError(UsageError):
     reason = "OUTPUT_NOT_WRITABLE"
 
 
+class RunConflictError(UsageError):
+    """A directory holds another run than the one asked for, or none, or one that is under way."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "RUN_CONFLICT"
+
+
+class LedgerError(GeoSurgeError):
+    """What a bulk run resumes from cannot be read or written."""
+
+    reason = "LEDGER_UNUSABLE"
+
+
 class BundleError(GeoSurgeError):
     """An index bundle cannot be used."""
 
