@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,9 +30,9 @@ def csv_writer(path: Path) -> Iterator[Callable[[Row], None]]:
     Raises:
         OutputNotWritableError: The file cannot be written; there is none of it then.
     """
-    with replacing(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+    with replacing(path) as file:
         # Only with CRLF as line ends does Python 3.11 quote a carriage return within a name.
-        table = csv.writer(text, lineterminator="\r\n")
+        table = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\r\n")
         table.writerow(name for field in SCHEMA for name in _names(field))
 
         def write(row: Row) -> None:
@@ -40,8 +40,6 @@ def csv_writer(path: Path) -> Iterator[Callable[[Row], None]]:
             table.writerow(value for field in SCHEMA for value in _values(field, record[field.name]))
 
         yield write
-        text.flush()
-        text.detach()
 
 
 def _names(field: pa.Field) -> list[str]:

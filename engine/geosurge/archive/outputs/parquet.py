@@ -18,7 +18,7 @@ from geosurge.errors import UsageError
 ROWS_A_BATCH: Final = 1024
 """Rows that are Python objects at one time, when writing and when reading."""
 
-BATCHES_A_GROUP: Final = 16
+BATCHES_A_GROUP: Final = 4
 """Batches in a row group, which Parquet holds in memory until it is complete."""
 
 
@@ -76,7 +76,9 @@ def read_rows(path: Path) -> Iterator[Row]:
                     f"{path} does not have the columns of this version's results; name a results.parquet "
                     "that this version of geosurge geotag wrote"
                 )
-            for batch in file.iter_batches(ROWS_A_BATCH):
-                yield from batch_to_rows(batch)
+            # A reader of several groups keeps what it has read of each.
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(ROWS_A_BATCH, row_groups=[group]):
+                    yield from batch_to_rows(batch)
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"cannot read {path}: {error}; name a results.parquet that geosurge geotag wrote") from error
