@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Optional
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
@@ -29,6 +29,7 @@ from geosurge.index_commands import index_app
 from geosurge.location import LocateOptions, Location
 from geosurge.settings import ServerSettings, load_settings
 from geosurge.store import default_store, resolve_bundle
+from geosurge.tables import location_table, print_content
 
 if TYPE_CHECKING:
     from geosurge.connection import Connection
@@ -41,9 +42,6 @@ BATCH_SIZE: Final = 32
 
 BROKEN_PIPE_EXIT_CODE: Final = 141
 """What a shell reports of a program that SIGPIPE ended."""
-
-WIDE: Final = 200
-"""Columns of a table that goes to a file or a pipe, where there is no window to fit into."""
 
 DEMO_MAP: Final = Path("build", "demo-map.png")
 
@@ -263,7 +261,7 @@ def demo(
     with steps.server_process(index) as address:
         typer.echo(f"locating {len(sample)} views at {address}")
         outcomes = steps.locate_views(address, sample)
-        _print(steps.outcome_table(outcomes))
+        print_content(steps.outcome_table(outcomes))
         typer.echo(steps.summary(outcomes))
         typer.echo(f"map: {_draw_outcomes(outcomes, index, map_file)}")
     typer.echo("the server has stopped")
@@ -348,21 +346,9 @@ def _print_json_lines(rows: Iterable[tuple[str, Location | GeoSurgeError]]) -> b
 
 def _print_table(rows: Iterable[tuple[str, Location | GeoSurgeError]]) -> bool:
     """Prints all answers in one table; tells whether there were failures."""
-    from geosurge.tables import location_table  # noqa: PLC0415
-
     collected = list(rows)
-    _print(location_table(collected))
+    print_content(location_table(collected))
     return any(isinstance(answer, GeoSurgeError) for _, answer in collected)
-
-
-def _print(content: RenderableType) -> None:
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=WIDE)
-    # rich would end the process itself when nobody reads any more.
-    with console.capture() as capture:
-        console.print(content)
-    typer.echo(capture.get(), nl=False)
 
 
 def _draw_outcomes(outcomes: Sequence[Any], index: Path, path: Path) -> Path:

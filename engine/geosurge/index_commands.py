@@ -27,6 +27,7 @@ from geosurge import store as stores
 from geosurge.bundle import Bundle, open_bundle, verify_bundle
 from geosurge.connection_options import Connect, check_server, with_connection
 from geosurge.errors import GeoSurgeError, StoreError, UsageError, VersionNotLoadedError
+from geosurge.tables import print_content
 
 if TYPE_CHECKING:
     from geosurge.description import IndexVersion
@@ -78,7 +79,7 @@ def list_command(
             if as_json:
                 _print_json({"server": server, "versions": [_version_fields(version) for version in versions]})
             else:
-                Console().print(_version_table(server, versions))
+                print_content(_version_table(server, versions))
             return
         connection()
         path = store or stores.default_store()
@@ -101,7 +102,7 @@ def list_command(
         for entry in entries:
             created = _utc(entry.create_time) if entry.create_time else ""
             table.add_row("*" if entry.active else "", escape(entry.name), created, escape(entry.problem or ""))
-        Console().print(table)
+        print_content(table)
 
 
 @index_app.command()
@@ -367,9 +368,8 @@ def _print_bundle(bundle: Bundle, size: int) -> None:
     for level, temperature in zip(manifest.levels, manifest.temperatures, strict=True):
         s2_levels = "" if level.s2_level_min is None else f"{level.s2_level_min} to {level.s2_level_max}"
         levels.add_row(str(level.level), f"{level.cells:,}", s2_levels, f"{temperature:.4g}", level.storage)
-    console = Console()
-    console.print(facts)
-    console.print(levels)
+    print_content(facts)
+    print_content(levels)
 
 
 def _utc(time: datetime) -> str:

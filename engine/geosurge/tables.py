@@ -1,14 +1,32 @@
-"""Answers as tables for people; `rich` lays them out."""
+"""What people read: answers as tables, laid out by `rich`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from typing import Final
 
+import typer
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from geosurge.errors import GeoSurgeError
 from geosurge.location import Location, PathCell, Place
+
+WIDE: Final = 200
+"""Columns of a table that goes to a file or a pipe, where there is no window to fit into."""
+
+
+def print_content(content: RenderableType) -> None:
+    """Prints a table, or anything else that rich lays out, to standard output."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=WIDE)
+    # rich would end the process itself when nobody reads any more.
+    with console.capture() as capture:
+        console.print(content)
+    typer.echo(capture.get(), nl=False)
 
 
 def location_table(answers: Iterable[tuple[str, Location | GeoSurgeError]]) -> Table:
