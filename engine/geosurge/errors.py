@@ -212,6 +212,12 @@ class FileNotWritableError(InputError):
     reason = "FILE_NOT_WRITABLE"
 
 
+class ShardInvalidError(InputError):
+    """A tar shard is damaged, compressed or no tar at all, or a picture in it cannot be read where it lies."""
+
+    reason = "SHARD_INVALID"
+
+
 class UsageError(GeoSurgeError):
     """A flag, a setting or a recipe is wrong."""
 
