@@ -26,6 +26,7 @@ from geosurge import __version__
 from geosurge.connection_options import Connect, check_server, with_connection
 from geosurge.errors import BundleError, EncoderMissingError, GeoSurgeError, InputError, UsageError
 from geosurge.index_commands import index_app
+from geosurge.locate_flags import BeamWidth, ConfidenceLevel, Exact, Region, TopK, locate_options
 from geosurge.location import LocateOptions, Location
 from geosurge.settings import ServerSettings, load_settings
 from geosurge.store import default_store, resolve_bundle
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from geosurge.connection import Connection
     from geosurge.server.app import Server
 
-MAX_TOP_K: Final = 100
-MAX_BEAM_WIDTH: Final = 2048
 BATCH_SIZE: Final = 32
 """Images located together when no server does it."""
 
@@ -114,12 +113,6 @@ def _common(
     pass
 
 
-def _check_confidence(level: float) -> float:
-    if not 0.0 < level < 1.0:
-        raise typer.BadParameter(f"{level} is not greater than 0 and less than 1")
-    return level
-
-
 @app.command()
 @with_connection
 def locate(
@@ -131,23 +124,14 @@ def locate(
         typer.Option(metavar="HOST:PORT", callback=check_server, help="Ask a running server instead of an index."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line and nothing else.")] = False,
-    top_k: Annotated[int, typer.Option(min=1, max=MAX_TOP_K, help="Alternatives to return.")] = LocateOptions.top_k,
-    beam_width: Annotated[
-        int | None,
-        typer.Option(min=1, max=MAX_BEAM_WIDTH, help="Cells kept a level, if more than the index's default."),
-    ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Score every leaf instead of searching with a beam.")] = False,
-    confidence_level: Annotated[
-        float,
-        typer.Option(callback=_check_confidence, help="Posterior mass inside the radius and the credible region."),
-    ] = LocateOptions.confidence_level,
+    top_k: TopK = LocateOptions.top_k,
+    beam_width: BeamWidth = None,
+    exact: Exact = False,
+    confidence_level: ConfidenceLevel = LocateOptions.confidence_level,
     h3_resolution: Annotated[
         int | None, typer.Option(min=0, max=15, help="Also return the H3 cell of this resolution.")
     ] = None,
-    region: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TOKEN", help="Cell, of any level, that the answer must lie in; may be repeated."),
-    ] = None,
+    region: Region = None,
     device: Annotated[
         str | None, typer.Option(help="Where encoder and index live: cpu (the default), cuda or cuda:N.")
     ] = None,
@@ -162,8 +146,14 @@ def locate(
     An input that fails is a row, or with --json a line, with its reason in its place; the exit code is then 1.
     The output is the same whether a server answers or the index is opened here.
     """
-    if exact and beam_width is not None:
-        raise UsageError("--exact scores every leaf, so that --beam-width has no meaning; leave one of them out")
+    options = locate_options(
+        top_k=top_k,
+        beam_width=beam_width,
+        exact=exact,
+        confidence_level=confidence_level,
+        region=region,
+        h3_resolution=h3_resolution,
+    )
     if server is not None and (index is not None or device is not None):
         raise UsageError("--server has its own index and device; leave out --index and --device, or --server")
     if server is None and timeout is not None:
@@ -171,14 +161,6 @@ def locate(
     server_connection = connection()
     if images.count("-") > 1:
         raise UsageError("- is given more than once, but standard input can be read only once")
-    options = LocateOptions(
-        top_k=top_k,
-        beam_width=beam_width,
-        exact=exact,
-        confidence_level=confidence_level,
-        h3_resolution=h3_resolution,
-        region_tokens=tuple(region or ()),
-    )
     queries = [sys.stdin.buffer.read() if image == "-" else image for image in images]
     if server is None:
         answers = _ask_index(queries, options, index or default_store(), device or "cpu")

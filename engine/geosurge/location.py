@@ -6,6 +6,10 @@ They mirror ``proto/geosurge/v1/geolocation.proto`` field by field and need neit
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
+
+MAX_TOP_K: Final = 100
+MAX_BEAM_WIDTH: Final = 2048
 
 
 @dataclass(frozen=True)

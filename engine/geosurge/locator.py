@@ -39,7 +39,16 @@ from geosurge.errors import (
     RegionEmptyError,
 )
 from geosurge.images import DEFAULT_LIMITS, ImageLimits, normalise_image, read_image_bytes
-from geosurge.location import Alternative, CredibleRegion, LocateOptions, Location, PathCell, Timings
+from geosurge.location import (
+    MAX_BEAM_WIDTH,
+    MAX_TOP_K,
+    Alternative,
+    CredibleRegion,
+    LocateOptions,
+    Location,
+    PathCell,
+    Timings,
+)
 from geosurge.manifest import Manifest
 from geosurge.posterior import Calibration, LeafShapes, Posteriors, infer, leaf_shapes, path_masses
 from geosurge.preprocessing import Preprocessing
@@ -49,8 +58,6 @@ from geosurge.store import resolve_bundle
 ImageInput: TypeAlias = bytes | Image.Image | str | Path
 """An encoded image, a decoded one, or the path of a file."""
 
-MAX_TOP_K: Final = 100
-MAX_BEAM_WIDTH: Final = 2048
 MAX_REGION_TOKENS: Final = 1000
 MAX_H3_RESOLUTION: Final = 15
 

@@ -22,7 +22,8 @@ from geosurge.errors import (
     ShuttingDownError,
     StreamLimitError,
 )
-from geosurge.locator import MAX_BEAM_WIDTH, MAX_REGION_TOKENS, MAX_TOP_K
+from geosurge.location import MAX_BEAM_WIDTH, MAX_TOP_K
+from geosurge.locator import MAX_REGION_TOKENS
 from geosurge.server.admission import Admission, Permit
 from geosurge.server.batcher import Batcher
 from geosurge.server.conversions import (
