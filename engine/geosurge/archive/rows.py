@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from geosurge.location import Alternative, Location, PathCell, Place, Timings
@@ -18,8 +18,18 @@ class Status(enum.StrEnum):
     FAILED = "failed"
 
 
+class Format(enum.StrEnum):
+    """A form that rows are put out in; its value is what the file's name ends with."""
+
+    PARQUET = "parquet"
+    CSV = "csv"
+    GEOJSON = "geojson"
+    KML = "kml"
+
+
 HAS_POSITION: Final = "HAS_POSITION"
-"""Reason of a row that is skipped."""
+NO_POSITION: Final = "NO_POSITION"
+"""Reasons of rows that are skipped; the second one in an audit."""
 
 PROBABILITY_TOO_LOW: Final = "PROBABILITY_TOO_LOW"
 RADIUS_TOO_LARGE: Final = "RADIUS_TOO_LARGE"
@@ -43,10 +53,10 @@ class Position:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture.
+    r"""One picture.
 
     Attributes:
-        path: The picture's path as it was found (bytes that are not UTF-8 as ``\\xNN``), of one in a shard
+        path: The picture's path as it was found (bytes that are not UTF-8 as ``\xNN``), of one in a shard
             ``SHARD/MEMBER``.
         status: What became of it.
         reason: Why it is not done, as a stable string: one of this module's, or of an error of `geosurge.errors`.
@@ -84,22 +94,24 @@ class Row:
     encoder_hash: str = ""
     timings: Timings | None = None
 
-
-def located(path: str, content_hash: str, location: Location, encoder_hash: str) -> Row:
-    """The row of a picture that was located."""
-    return Row(
-        path=path,
-        status=Status.DONE,
-        content_hash=content_hash,
-        latitude_deg=location.latitude_deg,
-        longitude_deg=location.longitude_deg,
-        radius_km=location.radius_km,
-        confidence_level=location.confidence_level,
-        probability=location.probability,
-        cells=location.path,
-        place=location.place,
-        alternatives=location.alternatives,
-        index_version=location.index_version,
-        encoder_hash=encoder_hash,
-        timings=location.timings,
-    )
+    def with_answer(self, location: Location, encoder_hash: str) -> Row:
+        """The row with what was answered; of one that is withheld or failed, without the guess itself."""
+        row = replace(
+            self,
+            radius_km=location.radius_km,
+            confidence_level=location.confidence_level,
+            probability=location.probability,
+            index_version=location.index_version,
+            encoder_hash=encoder_hash,
+            timings=location.timings,
+        )
+        if self.status is not Status.DONE:
+            return row
+        return replace(
+            row,
+            latitude_deg=location.latitude_deg,
+            longitude_deg=location.longitude_deg,
+            cells=location.path,
+            place=location.place,
+            alternatives=location.alternatives,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -12,16 +11,7 @@ from geosurge.archive.outputs.csv_table import csv_writer
 from geosurge.archive.outputs.geojson import geojson_writer
 from geosurge.archive.outputs.kml import kml_writer
 from geosurge.archive.outputs.parquet import parquet_writer
-from geosurge.archive.rows import Row
-
-
-class Format(enum.StrEnum):
-    """A form of the rows; its value is what the file's name ends with."""
-
-    PARQUET = "parquet"
-    CSV = "csv"
-    GEOJSON = "geojson"
-    KML = "kml"
+from geosurge.archive.rows import Format, Row
 
 
 _WRITERS: Final[Mapping[Format, Callable[[Path], AbstractContextManager[Callable[[Row], None]]]]] = {

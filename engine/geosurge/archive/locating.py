@@ -1,0 +1,246 @@
+"""The steps of a run up to the answers: note what is there, look for positions, locate the rest.
+
+The thread that calls owns the ledger. Pictures are decoded by the processes of a `DecodePool` and located, in batches,
+on threads of their own; all queues are short, so that memory does not grow with the archive.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Final
+
+from geosurge.archive.decoding import Decode, Decoded, DecodePool, Failure, Look, Looked, Outcome, Unusable
+from geosurge.archive.engines import Engine, Query
+from geosurge.archive.ledger import AnswerKey, Ledger
+from geosurge.archive.rows import HAS_POSITION, NO_POSITION, PROBABILITY_TOO_LOW, RADIUS_TOO_LARGE, Position
+from geosurge.archive.sources import Found
+from geosurge.errors import GeoSurgeError
+from geosurge.location import CredibleRegion, LocateOptions, Location
+
+_COMMIT_SECONDS: Final = 1.0
+_NOTED_AT_ONCE: Final = 1000
+_MAX_BATCH_BYTES: Final = 32_000_000
+
+Progress = Callable[[], None]
+"""Called after every picture."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How pictures are located, and which guesses are held back.
+
+    Attributes:
+        options: How each is located.
+        min_probability: Least probability of the most likely leaf.
+        max_radius_km: Largest radius.
+    """
+
+    options: LocateOptions = field(default_factory=LocateOptions)
+    min_probability: float = 0.0
+    max_radius_km: float | None = None
+
+    def reason_to_withhold(self, location: Location) -> tuple[str, str]:
+        """Why a guess is held back, as a stable string and in words; both empty when it is not."""
+        if location.probability < self.min_probability:
+            detail = f"the probability {location.probability:.3g} is below {self.min_probability:g}"
+            return PROBABILITY_TOO_LOW, detail
+        if self.max_radius_km is not None and location.radius_km > self.max_radius_km:
+            return RADIUS_TOO_LARGE, f"the radius of {location.radius_km:.1f} km is over {self.max_radius_km:g} km"
+        return "", ""
+
+
+@dataclass
+class _Batch:
+    """Pictures that are located together: one query for each content, and the pictures that have it."""
+
+    hashes: list[bytes] = field(default_factory=list)
+    queries: list[Query] = field(default_factory=list)
+    decode_ms: list[float] = field(default_factory=list)
+    byte_count: int = 0
+
+    def add(self, decoded: Decoded) -> None:
+        """Adds a content."""
+        self.hashes.append(decoded.content_hash)
+        self.queries.append(decoded.query)
+        self.decode_ms.append(decoded.decode_ms)
+        self.byte_count += len(decoded.query) if isinstance(decoded.query, bytes) else decoded.query.nbytes
+
+
+def note_pictures(ledger: Ledger, found: Iterable[Found], progress: Progress) -> None:
+    """Notes what is there, as it is found."""
+    ledger.begin_scan()
+    chunk: list[Found] = []
+    for item in found:
+        chunk.append(item)
+        progress()
+        if len(chunk) == _NOTED_AT_ONCE:
+            ledger.note(chunk)
+            ledger.commit()
+            chunk.clear()
+    ledger.note(chunk)
+    ledger.commit()
+
+
+def look_for_positions(ledger: Ledger, pool: DecodePool, progress: Progress, *, audit: bool) -> None:
+    """Finds out which pictures have a position; these are skipped, or in an audit the others."""
+    tasks = (Look(noted.key, noted.found) for noted in ledger.to_look_at())
+    commits = _Commits(ledger)
+    for key, outcome in pool.run(tasks):
+        if isinstance(outcome, Looked):
+            reason, detail = _skip(outcome.position, audit=audit)
+            ledger.looked_at(key, outcome.position, reason, detail)
+        else:
+            ledger.failed(key, _failure(outcome))
+        progress()
+        commits.now_and_then()
+    ledger.commit()
+
+
+def _skip(position: Position | None, *, audit: bool) -> tuple[str, str]:
+    if position is not None and not audit:
+        place = f"{position.latitude_deg:.6f}, {position.longitude_deg:.6f}"
+        return HAS_POSITION, f"the picture has a position already: {place} ({position.source})"
+    if position is None and audit:
+        return NO_POSITION, "the picture has no position that a guess could be compared with"
+    return "", ""
+
+
+def locate_pictures(ledger: Ledger, pool: DecodePool, engine: Engine, asked: Asked, progress: Progress) -> None:
+    """Locates every picture that is still to be located; a content that is known already is not located again.
+
+    Raises:
+        GeoSurgeError: The engine cannot go on; what was located until then is in the ledger.
+    """
+    with ThreadPoolExecutor(engine.concurrency, "geosurge-locate") as threads:
+        locating = _Locating(ledger, engine, asked, progress, threads)
+        tasks = (Decode(noted.key, noted.found, engine.preprocessing, engine.limits) for noted in ledger.to_locate())
+        try:
+            for key, outcome in pool.run(tasks):
+                locating.take(key, outcome)
+            locating.finish()
+        finally:
+            ledger.commit()
+
+
+class _Locating:
+    """The pictures between decoding and the ledger."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        engine: Engine,
+        asked: Asked,
+        progress: Progress,
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        self._ledger = ledger
+        self._engine = engine
+        self._asked = asked
+        self._progress = progress
+        self._threads = threads
+        self._key = answer_key(engine, asked.options)
+        self._commits = _Commits(ledger)
+        self._batch = _Batch()
+        self._under_way: deque[tuple[_Batch, Future[list[Location | GeoSurgeError]]]] = deque()
+        self._waiting: defaultdict[bytes, list[int]] = defaultdict(list)
+
+    def take(self, key: int, outcome: Outcome) -> None:
+        """Takes what came of reading a picture."""
+        if not isinstance(outcome, Decoded):
+            content_hash = outcome.content_hash if isinstance(outcome, Unusable) else None
+            self._fail(key, _failure(outcome), content_hash)
+            return
+        content_hash = outcome.content_hash
+        known = None if content_hash in self._waiting else self._ledger.answer(content_hash, self._key)
+        if known is not None:
+            self._settle(key, content_hash, *known)
+            return
+        self._waiting[content_hash].append(key)
+        if len(self._waiting[content_hash]) == 1:
+            self._batch.add(outcome)
+            if len(self._batch.hashes) >= self._engine.batch_size or self._batch.byte_count >= _MAX_BATCH_BYTES:
+                self._submit()
+        # One batch more than is being worked on, so that no thread waits for the next.
+        while self._under_way and (self._under_way[0][1].done() or len(self._under_way) > self._engine.concurrency + 1):
+            self._note(*self._under_way.popleft())
+
+    def finish(self) -> None:
+        """Locates the rest, and waits for it."""
+        if self._batch.hashes:
+            self._submit()
+        while self._under_way:
+            self._note(*self._under_way.popleft())
+
+    def _submit(self) -> None:
+        batch, self._batch = self._batch, _Batch()
+        self._under_way.append((batch, self._threads.submit(self._engine.locate, batch.queries, self._asked.options)))
+
+    def _note(self, batch: _Batch, future: Future[list[Location | GeoSurgeError]]) -> None:
+        for content_hash, decode_ms, outcome in zip(batch.hashes, batch.decode_ms, future.result(), strict=True):
+            keys = self._waiting.pop(content_hash)
+            if isinstance(outcome, GeoSurgeError):
+                for key in keys:
+                    self._fail(key, Failure.of(outcome), content_hash)
+                continue
+            location = _essential(outcome, decode_ms)
+            answer = self._ledger.add_answer(content_hash, self._key, location)
+            for key in keys:
+                self._settle(key, content_hash, answer, location)
+        self._commits.now_and_then()
+
+    def _settle(self, key: int, content_hash: bytes, answer: int, location: Location) -> None:
+        self._ledger.located(key, content_hash, answer, *self._asked.reason_to_withhold(location))
+        self._progress()
+
+    def _fail(self, key: int, failure: Failure, content_hash: bytes | None) -> None:
+        self._ledger.failed(key, failure, content_hash)
+        self._progress()
+        self._commits.now_and_then()
+
+
+class _Commits:
+    """Commits at most once in `_COMMIT_SECONDS`: each waits for the disk."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._last = time.monotonic()
+
+    def now_and_then(self) -> None:
+        if time.monotonic() - self._last >= _COMMIT_SECONDS:
+            self._ledger.commit()
+            self._last = time.monotonic()
+
+
+def answer_key(engine: Engine, options: LocateOptions) -> AnswerKey:
+    """What makes this engine's answers the same as others."""
+    return AnswerKey(engine.index_version, engine.encoder_hash, json.dumps(asdict(options), sort_keys=True))
+
+
+def _failure(outcome: Outcome) -> Failure:
+    if isinstance(outcome, Unusable):
+        return outcome.failure
+    assert isinstance(outcome, Failure)
+    return outcome
+
+
+def _essential(location: Location, decode_ms: float) -> Location:
+    """What rows hold of an answer, to the digits that mean something.
+
+    The last digits of float64 depend on the other pictures of the batch.
+    """
+    return replace(
+        location,
+        latitude_deg=round(location.latitude_deg, 7),
+        longitude_deg=round(location.longitude_deg, 7),
+        radius_km=round(location.radius_km, 4),
+        probability=round(location.probability, 9),
+        path=tuple(replace(cell, probability=round(cell.probability, 9)) for cell in location.path),
+        alternatives=tuple(replace(other, probability=round(other.probability, 9)) for other in location.alternatives),
+        credible_region=CredibleRegion((), 0.0, 0.0),
+        timings=replace(location.timings, decode_ms=decode_ms or location.timings.decode_ms),
+    )

@@ -1,0 +1,124 @@
+"""Writes the positions of a run into sidecars or pictures, and takes them back; the ledger is the journal.
+
+What will be written is in the ledger, on the disk, before a file is touched, so that nothing is ever written that
+could not be taken back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from geosurge.archive.decoding import Failure
+from geosurge.archive.guess import Guess
+from geosurge.archive.ledger import APPLIED, PREPARED, UNDONE, Ledger, ToWrite
+from geosurge.archive.locating import Progress
+from geosurge.archive.sources import Found
+from geosurge.archive.writes import Write, WriteKind, apply, prepare, undo
+from geosurge.errors import GeoSurgeError, WriteUnsupportedError
+
+BACKUP_DIRECTORY: Final = "backup"
+
+_WRITTEN_AT_ONCE: Final = 64
+
+
+def write_positions(ledger: Ledger, kind: WriteKind, directory: Path, progress: Progress) -> None:
+    """Writes the position of every picture that is done; one that cannot be written fails.
+
+    Args:
+        ledger: The run's ledger.
+        kind: Into sidecars or into the pictures.
+        directory: Where the run's files are; backups go to a folder in it.
+        progress: Called after every picture.
+    """
+    backup = directory / BACKUP_DIRECTORY
+    pictures = ledger.to_write()
+    while chunk := list(islice(pictures, _WRITTEN_AT_ONCE)):
+        prepared: list[tuple[int, Found, Write]] = []
+        for picture in chunk:
+            try:
+                write = _prepare(ledger, picture, kind, backup)
+            except GeoSurgeError as error:
+                ledger.failed(picture.key, Failure.of(error))
+                progress()
+            else:
+                ledger.write_prepared(picture.key, picture.answer, write)
+                prepared.append((picture.key, picture.found, write))
+        ledger.commit()
+        for key, found, write in prepared:
+            _apply(ledger, key, found, write)
+            progress()
+        ledger.commit()
+
+
+def finish_writes(ledger: Ledger) -> None:
+    """Does what a killed run was about to write, before its pictures are looked at again."""
+    for key, found, write in ledger.writes(PREPARED):
+        _apply(ledger, key, found, write)
+    ledger.commit()
+
+
+def undo_writes(ledger: Ledger, directory: Path) -> Iterator[tuple[str, GeoSurgeError | None]]:
+    """Takes back everything that was written.
+
+    Args:
+        ledger: The run's ledger.
+        directory: Where the run's files are.
+
+    Yields:
+        The name of each file that was written to, and why it was left as it is, if it was.
+    """
+    for key, found, write in ledger.writes(PREPARED, APPLIED):
+        name = Found(write.target).name
+        try:
+            undo(write, directory / BACKUP_DIRECTORY)
+        except GeoSurgeError as error:
+            yield name, error
+        else:
+            _note(ledger, key, found, UNDONE)
+            ledger.commit()
+            yield name, None
+
+
+def _prepare(ledger: Ledger, picture: ToWrite, kind: WriteKind, backup: Path) -> Write:
+    if picture.found.is_member:
+        raise WriteUnsupportedError(
+            f"{picture.found.name} is in a shard, which is not changed; unpack the shard, or leave out --write"
+        )
+    # An older guess of this run, which the picture was located again for.
+    if (written := ledger.write_of(picture.key)) is not None:
+        undo(written, backup)
+        _note(ledger, picture.key, picture.found, UNDONE)
+        ledger.commit()
+    guess = Guess(
+        latitude_deg=picture.location.latitude_deg,
+        longitude_deg=picture.location.longitude_deg,
+        radius_km=picture.location.radius_km,
+        probability=picture.location.probability,
+        index_version=picture.location.index_version,
+        encoder_hash=picture.encoder_hash,
+        run_id=ledger.run_id,
+    )
+    return prepare(Path(os.fsdecode(picture.found.path)), kind, guess, backup)
+
+
+def _apply(ledger: Ledger, key: int, found: Found, write: Write) -> None:
+    try:
+        apply(write)
+    except GeoSurgeError as error:
+        ledger.failed(key, Failure.of(error))
+    else:
+        _note(ledger, key, found, APPLIED)
+
+
+def _note(ledger: Ledger, key: int, found: Found, state: str) -> None:
+    try:
+        status = Path(os.fsdecode(found.path)).stat()
+    except OSError:
+        # The next scan will see that it is gone.
+        ledger.write_ended(key, state, 0, 0)
+    else:
+        ledger.write_ended(key, state, status.st_size, status.st_mtime_ns)
