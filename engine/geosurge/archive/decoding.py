@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geosurge.archive.paths import not_readable
-from geosurge.archive.positions import read_position, sidecar_paths
+from geosurge.archive.positions import Claim, read_claims, sidecar_paths
 from geosurge.archive.rows import Position
 from geosurge.archive.sources import Found
 from geosurge.errors import GeoSurgeError, ImageError, ImageTooLargeError, InputChangedError
@@ -65,9 +65,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Looked:
-    """What a picture says of itself: its position, if it has any."""
+    """What a picture says of itself.
+
+    Attributes:
+        position: Its position, if it has any; somebody else's goes before a guess of this engine.
+        run_id: The run that guessed the position; empty where it is somebody else's.
+    """
 
     position: Position | None
+    run_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,19 @@ class Look:
         sidecars = [] if self.found.is_member else sidecar_paths(Path(os.fsdecode(self.found.path)))
         try:
             with self.found.open() as file:
-                return Looked(read_position(file, sidecars))
+                claim = _best(read_claims(file, sidecars))
+                return Looked(None) if claim is None else Looked(claim.position, claim.run_id)
         except OSError as error:
             raise not_readable(self.found.path, error) from error
+
+
+def _best(claims: Iterable[Claim]) -> Claim | None:
+    guess: Claim | None = None
+    for claim in claims:
+        if not claim.run_id:
+            return claim
+        guess = guess or claim
+    return guess
 
 
 @dataclass(frozen=True)

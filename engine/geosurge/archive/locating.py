@@ -17,7 +17,7 @@ from typing import Final
 from geosurge.archive.decoding import Decode, Decoded, DecodePool, Failure, Look, Looked, Outcome, Unusable
 from geosurge.archive.engines import Engine, Query
 from geosurge.archive.ledger import AnswerKey, Ledger
-from geosurge.archive.rows import HAS_POSITION, NO_POSITION, PROBABILITY_TOO_LOW, RADIUS_TOO_LARGE, Position
+from geosurge.archive.rows import HAS_POSITION, NO_POSITION, PROBABILITY_TOO_LOW, RADIUS_TOO_LARGE
 from geosurge.archive.sources import Found
 from geosurge.errors import GeoSurgeError
 from geosurge.location import CredibleRegion, LocateOptions, Location
@@ -92,7 +92,7 @@ def look_for_positions(ledger: Ledger, pool: DecodePool, progress: Progress, *, 
     commits = _Commits(ledger)
     for key, outcome in pool.run(tasks):
         if isinstance(outcome, Looked):
-            reason, detail = _skip(outcome.position, audit=audit)
+            reason, detail = _skip(outcome, audit=audit)
             ledger.looked_at(key, outcome.position, reason, detail)
         else:
             ledger.failed(key, _failure(outcome))
@@ -101,12 +101,17 @@ def look_for_positions(ledger: Ledger, pool: DecodePool, progress: Progress, *, 
     ledger.commit()
 
 
-def _skip(position: Position | None, *, audit: bool) -> tuple[str, str]:
-    if position is not None and not audit:
+def _skip(looked: Looked, *, audit: bool) -> tuple[str, str]:
+    position = looked.position
+    if audit:
+        if position is None:
+            return NO_POSITION, "the picture has no position that a guess could be compared with"
+        if looked.run_id:
+            return NO_POSITION, f"the picture's position is itself a guess, of run {looked.run_id}"
+    elif position is not None:
         place = f"{position.latitude_deg:.6f}, {position.longitude_deg:.6f}"
-        return HAS_POSITION, f"the picture has a position already: {place} ({position.source})"
-    if position is None and audit:
-        return NO_POSITION, "the picture has no position that a guess could be compared with"
+        by = f", a guess of run {looked.run_id}" if looked.run_id else ""
+        return HAS_POSITION, f"the picture has a position already: {place} ({position.source}{by})"
     return "", ""
 
 
