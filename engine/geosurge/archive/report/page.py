@@ -44,10 +44,10 @@ class RunSummary:
     Attributes:
         started: When it began, with its time zone; of a run that was resumed the last start.
         seconds: How long it took since then.
-        pictures_per_s: Pictures that it located in a second of that time.
+        pictures_per_s: Pictures that it located in a second of that time; 0 where none was left.
         sources: What was asked to be located.
-        index_version: Name of the index bundle.
-        encoder_hash: SHA-256 of the encoder.
+        index_version: Name of the index bundle; may be empty, where nothing was located.
+        encoder_hash: SHA-256 of the encoder; may be empty.
         options: Options by name, as they should be read.
     """
 
@@ -109,10 +109,9 @@ def _lede(tally: Tally, summary: RunSummary) -> str:
     sentences = []
     if tally.median_radius_km is not None:
         sentences.append(f"Half of the answers have a radius of {_kilometres(tally.median_radius_km)} or less.")
-    sentences.append(
-        f"The run took {_duration(summary.seconds)}, {summary.pictures_per_s:,.1f} pictures a second, with the index "
-        f"{_isolated(summary.index_version)}."
-    )
+    rate = f", {_rate(summary)}" if summary.pictures_per_s else ""
+    index = f", with the index {_isolated(summary.index_version)}" if summary.index_version else ""
+    sentences.append(f"The run took {_duration(summary.seconds)}{rate}{index}.")
     return " ".join(sentences)
 
 
@@ -214,14 +213,13 @@ def _countries(tally: Tally) -> str:
 
 def _run(summary: RunSummary) -> str:
     facts = {
-        "Started": summary.started.strftime("%-d %B %Y, %H:%M %Z"),
+        "Started": f"{summary.started.day} {summary.started:%B %Y, %H:%M %Z}",
         "Took": _duration(summary.seconds),
-        "Rate": f"{summary.pictures_per_s:,.1f} pictures a second",
+        "Rate": _rate(summary) if summary.pictures_per_s else "nothing was left to be located",
         "Sources": "<br>".join(f"<code>{_isolated(source)}</code>" for source in summary.sources),
-        "Index": f"<code>{_isolated(summary.index_version)}</code>",
-        "Encoder": f"<code>{html.escape(summary.encoder_hash[:16])}</code>",
     }
-    facts |= {html.escape(name): f"<code>{_isolated(value)}</code>" for name, value in summary.options.items()}
+    values = {"Index": summary.index_version, "Encoder": summary.encoder_hash[:16], **summary.options}
+    facts |= {html.escape(name): f"<code>{_isolated(value)}</code>" for name, value in values.items() if value}
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{value}</dd>' for name, value in facts.items())}</dl>"
 
 
@@ -307,6 +305,10 @@ def _counted(count: int) -> str:
 
 def _kilometres(distance_km: float) -> str:
     return f"{distance_km:,.0f} km" if distance_km >= 10.0 else f"{distance_km:.1f} km"
+
+
+def _rate(summary: RunSummary) -> str:
+    return f"{summary.pictures_per_s:,.1f} pictures a second"
 
 
 def _duration(seconds: float) -> str:

@@ -96,7 +96,7 @@ class Dots:
                 self._put((row_number >> 1, column >> 1), dot)
 
     def all(self) -> list[Dot]:
-        """The dots, in the order of their first pictures' cells."""
+        """The dots, in the order in which the first pictures of each came."""
         return list(self._cells.values())
 
     def _put(self, cell: tuple[int, int], dot: Dot) -> None:
