@@ -13,7 +13,6 @@ from geosurge.archive.outputs.kml import kml_writer
 from geosurge.archive.outputs.parquet import parquet_writer
 from geosurge.archive.rows import Format, Row
 
-
 _WRITERS: Final[Mapping[Format, Callable[[Path], AbstractContextManager[Callable[[Row], None]]]]] = {
     Format.PARQUET: parquet_writer,
     Format.CSV: csv_writer,
