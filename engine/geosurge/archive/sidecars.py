@@ -2,12 +2,12 @@
 
 A sidecar may hold years of somebody's work (ratings, edits, keywords), so what is there stays: the guess gets an
 ``rdf:Description`` of its own, and only properties of the names that it writes, whose values were no position, go.
-The text between the elements, comments, processing instructions and the encoding stay as well.
+The text between the elements, comments and processing instructions stay as well, and UTF-16 does; any other encoding,
+which XMP has no use for, becomes UTF-8.
 """
 
 from __future__ import annotations
 
-import codecs
 from typing import Final
 
 from lxml import etree
@@ -127,23 +127,18 @@ def _remove(root: Element, names: list[str]) -> None:
             description.attrib.pop(name, None)
             for element in description.findall(name):
                 description.remove(element)
-        is_bare = len(description) == 0 and not description.attrib.keys() - {xmp.ABOUT, "about"}
+        is_bare = len(description) == 0 and not set(description.attrib) - {xmp.ABOUT, "about"}
         if is_bare and was > len(description.attrib):
             description.getparent().remove(description)
 
 
 def _serialise(root: Element, like: bytes) -> bytes:
-    """The document in the encoding of another, and with what that one had around its root."""
+    """The document in UTF-8, or in UTF-16 if another one is, and with what that one had around its root."""
     before = list(root.itersiblings(preceding=True))[::-1]
     nodes = [*before, root, *root.itersiblings()]
     text = "\n".join(etree.tostring(node, encoding="unicode", with_tail=False) for node in nodes) + "\n"
-    encoding = "UTF-16" if like.startswith(_UTF16_MARKS) else root.getroottree().docinfo.encoding
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        # The parser knows more encodings than Python.
-        encoding = "UTF-8"
+    encoding = "UTF-16" if like.startswith(_UTF16_MARKS) else "UTF-8"
     if b"<?xml " in like[:100].replace(b"\0", b""):
         text = f'<?xml version="1.0" encoding="{encoding}"?>\n{text}'
     mark = _UTF8_MARK if like.startswith(_UTF8_MARK) else b""
-    return mark + text.encode(encoding, "xmlcharrefreplace")
+    return mark + text.encode(encoding)

@@ -285,11 +285,12 @@ def _replace(
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(partial, flags, mode if status is None else 0o600), "wb") as file:
             file.write(content)
+            # What is still in the buffer would change the time again when it is written.
+            file.flush()
             if status is not None:
                 _copy_owner(partial, status)
                 shutil.copystat(target, partial)
                 os.utime(partial, ns=(status.st_atime_ns, time.time_ns() if mtime_ns is None else mtime_ns))
-            file.flush()
             os.fsync(file.fileno())
         now = _read_status(target)
         if _identity(now) != _identity(status):

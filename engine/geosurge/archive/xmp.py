@@ -34,7 +34,7 @@ Element: TypeAlias = Any
 """An element of lxml, which comes without types."""
 
 _NUMBER: Final = r"(\d{1,20}(?:\.\d{1,40})?)"
-_COORDINATE: Final = re.compile(rf"\s*([+-]?){_NUMBER}(?:,{_NUMBER})?(?:,{_NUMBER})?\s*([NSEWnsew]?)\s*")
+_COORDINATE: Final = re.compile(rf"\s*([+-]?){_NUMBER}(?:,{_NUMBER})?(?:,{_NUMBER})?\s*([NSEWnsew]?)\s*", re.ASCII)
 _MINUTE_DIGITS: Final = 8
 """Decimals of a minute: 2e-10 degrees."""
 
