@@ -53,6 +53,7 @@ def read_position(image: BinaryIO, sidecars: Sequence[Path]) -> Position | None:
         SidecarInvalidError: A sidecar is not XMP, or larger than `containers.MAX_METADATA_BYTES`, and no position was
             found before it: whether there is one cannot be known.
         InputNotReadableError: The system cannot read a sidecar.
+        OSError: The system cannot read the picture.
     """
     claim = next(read_claims(image, sidecars), None)
     return None if claim is None else claim.position
@@ -64,6 +65,7 @@ def read_claims(image: BinaryIO, sidecars: Sequence[Path]) -> Iterator[Claim]:
     Raises:
         SidecarInvalidError: As `read_position`.
         InputNotReadableError: As `read_position`.
+        OSError: As `read_position`.
     """
     yield from exif_claims(image)
     for packet in _embedded_packets(image):

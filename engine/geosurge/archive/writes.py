@@ -141,6 +141,7 @@ def apply(write: Write) -> None:
         FileNotWritableError: The system cannot write it.
     """
     target = Path(os.fsdecode(write.target))
+    _discard_partial(target)
     before = _read_file(target)
     if before.sha256 == write.sha256_after:
         return
@@ -171,6 +172,7 @@ def undo(write: Write, backup_dir: Path) -> None:
         FileNotWritableError: The system cannot write it.
     """
     target = Path(os.fsdecode(write.target))
+    _discard_partial(target)
     now = _read_file(target)
     if now.status is None:
         if write.existed:
@@ -278,8 +280,7 @@ def _replace(
         mtime_ns: Time of change that it will have; `None` is now.
         mode: Permissions of a new file, of which the system's mask takes some away.
     """
-    # One name for each target, so that what a crash leaves behind is used again and not left for ever.
-    partial = target.with_name(f".{_sha256(os.fsencode(target.name))[:16]}.geosurge")
+    partial = _partial(target)
     try:
         partial.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -302,8 +303,17 @@ def _replace(
             f"{target.name!r} cannot be written: {error.strerror}; make room, or make it and its folder writable"
         ) from error
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        _discard_partial(target)
+
+
+def _partial(target: Path) -> Path:
+    """Where the new content of a file is written: one name for each, so that what a crash leaves can be found."""
+    return target.with_name(f".{_sha256(os.fsencode(target.name))[:16]}.geosurge")
+
+
+def _discard_partial(target: Path) -> None:
+    with contextlib.suppress(OSError):
+        _partial(target).unlink(missing_ok=True)
 
 
 def _copy_owner(path: Path, status: os.stat_result) -> None:

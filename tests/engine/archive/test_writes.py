@@ -348,10 +348,16 @@ def test_a_power_cut_at_any_step_leaves_the_old_file_or_the_new(
     new = contents(photo.parent)
     _cut_everywhere(lambda: apply(write), photo.parent, old, new)
     _cut_everywhere(lambda: undo(write, backups), photo.parent, new, old)
+    _cut_everywhere(lambda: apply(write), photo.parent, old, new, lambda: undo(write, backups), old)
 
 
 def _cut_everywhere(
-    operation: Callable[[], object], folder: Path, start: dict[str, bytes], goal: dict[str, bytes]
+    operation: Callable[[], object],
+    folder: Path,
+    start: dict[str, bytes],
+    goal: dict[str, bytes],
+    then: Callable[[], object] | None = None,
+    end: dict[str, bytes] | None = None,
 ) -> None:
     for kill_before in range(100):
         for path in folder.iterdir():
@@ -361,8 +367,8 @@ def _cut_everywhere(
         killed, trace = power_cuts.in_child(operation, folder, kill_before)
         whole = {name: content for name, content in contents(folder).items() if not name.startswith(".")}
         assert whole in (start, goal)
-        operation()
-        assert contents(folder) == goal, "the same call finishes the work and leaves nothing behind"
+        (then or operation)()
+        assert contents(folder) == (goal if end is None else end), "the work ends, and nothing is left behind"
         if not killed:
             assert trace
             return
