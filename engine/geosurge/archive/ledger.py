@@ -301,6 +301,13 @@ class Ledger:
             ),
         )
 
+    def skipped(self, key: int, reason: str, detail: str) -> None:
+        """Notes why a picture is left as it is."""
+        self._database.execute(
+            "UPDATE picture SET status = ?, reason = ?, detail = ?, answer = NULL WHERE id = ?",
+            (Status.SKIPPED, reason, detail, key),
+        )
+
     def failed(self, key: int, failure: Failure, content_hash: bytes | None = None) -> None:
         """Notes why nothing came of a picture."""
         self._database.execute(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +17,7 @@ from geosurge.archive.ledger import APPLIED, PREPARED, UNDONE, Ledger, ToWrite
 from geosurge.archive.locating import Progress
 from geosurge.archive.sources import Found
 from geosurge.archive.writes import Write, WriteKind, apply, prepare, undo
-from geosurge.errors import GeoSurgeError, WriteUnsupportedError
+from geosurge.errors import GeoSurgeError, HasPositionError, WriteUnsupportedError
 
 BACKUP_DIRECTORY: Final = "backup"
 
@@ -35,23 +34,20 @@ def write_positions(ledger: Ledger, kind: WriteKind, directory: Path, progress: 
         progress: Called after every picture.
     """
     backup = directory / BACKUP_DIRECTORY
-    pictures = ledger.to_write()
-    while chunk := list(islice(pictures, _WRITTEN_AT_ONCE)):
-        prepared: list[tuple[int, Found, Write]] = []
-        for picture in chunk:
-            try:
-                write = _prepare(ledger, picture, kind, backup)
-            except GeoSurgeError as error:
-                ledger.failed(picture.key, Failure.of(error))
-                progress()
-            else:
-                ledger.write_prepared(picture.key, picture.answer, write)
-                prepared.append((picture.key, picture.found, write))
-        ledger.commit()
-        for key, found, write in prepared:
-            _apply(ledger, key, found, write)
-            progress()
-        ledger.commit()
+    prepared: dict[bytes, tuple[ToWrite, Write]] = {}
+    for picture in ledger.to_write():
+        write = _prepare(ledger, picture, kind, backup)
+        if write is not None and write.target in prepared:
+            # Two pictures share a sidecar: the second one has to be prepared for what the first one made of it.
+            _apply_all(ledger, prepared)
+            write = _prepare(ledger, picture, kind, backup)
+        if write is not None:
+            ledger.write_prepared(picture.key, picture.answer, write)
+            prepared[write.target] = picture, write
+        if len(prepared) == _WRITTEN_AT_ONCE:
+            _apply_all(ledger, prepared)
+        progress()
+    _apply_all(ledger, prepared)
 
 
 def finish_writes(ledger: Ledger) -> None:
@@ -83,17 +79,37 @@ def undo_writes(ledger: Ledger, directory: Path) -> Iterator[tuple[str, GeoSurge
             yield name, None
 
 
-def _prepare(ledger: Ledger, picture: ToWrite, kind: WriteKind, backup: Path) -> Write:
-    if picture.found.is_member:
-        raise WriteUnsupportedError(
-            f"{picture.found.name} is in a shard, which is not changed; unpack the shard, or leave out --write"
-        )
-    # An older guess of this run, which the picture was located again for.
-    if (written := ledger.write_of(picture.key)) is not None:
-        undo(written, backup)
-        _note(ledger, picture.key, picture.found, UNDONE)
-        ledger.commit()
-    guess = Guess(
+def _apply_all(ledger: Ledger, prepared: dict[bytes, tuple[ToWrite, Write]]) -> None:
+    """Applies what was prepared, after it is in the ledger and on the disk."""
+    ledger.commit()
+    for picture, write in prepared.values():
+        _apply(ledger, picture.key, picture.found, write)
+    ledger.commit()
+    prepared.clear()
+
+
+def _prepare(ledger: Ledger, picture: ToWrite, kind: WriteKind, backup: Path) -> Write | None:
+    """What is to be written for a picture; or notes why nothing is."""
+    try:
+        if picture.found.is_member:
+            raise WriteUnsupportedError(
+                f"{picture.found.name} is in a shard, which is not changed; unpack the shard, or leave out --write"
+            )
+        # An older guess of this run, which the picture was located again for.
+        if (written := ledger.write_of(picture.key)) is not None:
+            undo(written, backup)
+            _note(ledger, picture.key, picture.found, UNDONE)
+            ledger.commit()
+        return prepare(Path(os.fsdecode(picture.found.path)), kind, _guess(ledger, picture), backup)
+    except HasPositionError as error:
+        ledger.skipped(picture.key, error.reason, str(error))
+    except GeoSurgeError as error:
+        ledger.failed(picture.key, Failure.of(error))
+    return None
+
+
+def _guess(ledger: Ledger, picture: ToWrite) -> Guess:
+    return Guess(
         latitude_deg=picture.location.latitude_deg,
         longitude_deg=picture.location.longitude_deg,
         radius_km=picture.location.radius_km,
@@ -102,7 +118,6 @@ def _prepare(ledger: Ledger, picture: ToWrite, kind: WriteKind, backup: Path) ->
         encoder_hash=picture.encoder_hash,
         run_id=ledger.run_id,
     )
-    return prepare(Path(os.fsdecode(picture.found.path)), kind, guess, backup)
 
 
 def _apply(ledger: Ledger, key: int, found: Found, write: Write) -> None:

@@ -1,0 +1,177 @@
+"""Speed and memory of a bulk run: ``python tests/benchmarks/archive.py [--json]``.
+
+All rates are taken in one run, in rounds in which each has its turn; ratios are medians over the rounds. Pictures are
+views with noise, as JPEG of 12 megapixels and of 0.15; no two files are the same.
+
+- ``large.*``, ``small.*``: pictures a second of a whole run (plan, decoding processes, encoder, search, ledger, rows;
+  the index is open already), against
+  ``encoder_per_s``, the bare encoder on decoded tensors, in batches of the same size;
+  ``decoder_per_s``, the decoding processes alone, on the same files;
+  ``loop_per_s``, a plain loop of one picture at a time.
+  ``ratio_to_limit`` is the run's rate over the lower one of the first two. ``ratio_to_shared_limit`` is that over what
+  is left when the encoder computes on the cores that decode (on a GPU the two do not share, and the limits are one):
+  1 / (1 / encoder + 1 / decoder).
+- ``peak_memory_ratio``: peak memory of the command with all its processes for 10,000 small pictures, over that for
+  1,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from geosurge.archive.decoding import Decode, DecodePool
+from geosurge.archive.engines import Engine, LocalEngine
+from geosurge.archive.run import Job, Plan, run
+from geosurge.archive.sources import scan
+from geosurge.demo import default_views
+from geosurge.locator import Locator
+from geosurge.store import default_store, resolve_bundle
+
+SIZES = {"large": ((4000, 3000), 256), "small": ((450, 340), 2000)}
+"""Width and height, and pictures of a round."""
+
+BATCH_SIZE = 32
+BASES = 8
+LOOP_PICTURES = 48
+MEMORY_COUNTS = (1000, 10_000)
+SAMPLE_SECONDS = 0.1
+
+
+class Silent:
+    def phase(self, name: str, total: int | None) -> Callable[[], None]:
+        return lambda: None
+
+    def plan(self, plan: Plan) -> None:
+        pass
+
+
+def write_pictures(folder: Path, size: tuple[int, int], count: int) -> None:
+    """A few pictures many times, each with other bytes after its end."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    bases = []
+    for view in itertools.islice(sorted(default_views().glob("*.jpg")), BASES):
+        pixels = np.asarray(Image.open(view).convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape, dtype=np.int16), 0, 255).astype(np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(noisy).save(content, "JPEG", quality=88)
+        bases.append(content.getvalue())
+    for number in range(count):
+        (folder / f"{number:05}.jpg").write_bytes(bases[number % len(bases)] + number.to_bytes(4, "big"))
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def run_once(folder: Path, engine: Engine) -> None:
+    @contextlib.contextmanager
+    def opened() -> Iterator[Engine]:
+        yield engine
+
+    with tempfile.TemporaryDirectory() as out:
+        result = run(Job((str(folder),), Path(out)), opened, Silent())
+        assert result is not None
+        assert set(result.failures) == set(), result.failures
+
+
+def decode_all(folder: Path, engine: LocalEngine) -> None:
+    tasks = (Decode(number, found, engine.preprocessing, engine.limits) for number, found in enumerate(scan([folder])))
+    with DecodePool(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.run(tasks):
+            pass
+
+
+def measure(folder: Path, engine: LocalEngine, count: int, rounds: int) -> dict[str, float]:
+    files = sorted(folder.iterdir())
+    pixels = np.stack([engine.locator.preprocess(path.read_bytes()) for path in files[:BATCH_SIZE]])
+    rates: dict[str, list[float]] = {name: [] for name in ("run", "encoder", "decoder", "loop")}
+    for _ in range(rounds):
+        encoder_batches = max(8, count // BATCH_SIZE // 4)
+        seconds = seconds_of(lambda: [engine.locator.encode(pixels) for _ in range(encoder_batches)])  # noqa: B023
+        rates["encoder"].append(encoder_batches * BATCH_SIZE / seconds)
+        rates["decoder"].append(count / seconds_of(lambda: decode_all(folder, engine)))
+        rates["run"].append(count / seconds_of(lambda: run_once(folder, engine)))
+        few = files[:LOOP_PICTURES]
+        rates["loop"].append(len(few) / seconds_of(lambda: [engine.locator.locate([path]) for path in few]))  # noqa: B023
+    each = list(zip(rates["run"], rates["encoder"], rates["decoder"], rates["loop"], strict=True))
+    return {
+        "ratio_to_limit": statistics.median(done / min(encoder, decoder) for done, encoder, decoder, _ in each),
+        "ratio_to_shared_limit": statistics.median(
+            done * (1 / encoder + 1 / decoder) for done, encoder, decoder, _ in each
+        ),
+        "speedup_over_loop": statistics.median(done / loop for done, _, _, loop in each),
+        **{f"{name}_per_s": statistics.median(values) for name, values in rates.items()},
+    }
+
+
+def peak_memory_bytes(folder: Path, index: Path) -> int:
+    """Peak of the memory of a run's processes, shared pages counted once."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "geosurge.cli", "geotag", str(folder), "--out", out, "--index", str(index)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            peak, parent = 0, psutil.Process(process.pid)
+            while process.poll() is None:
+                with contextlib.suppress(psutil.Error):
+                    family = [parent, *parent.children(recursive=True)]
+                    peak = max(peak, sum(member.memory_full_info().pss for member in family))
+                time.sleep(SAMPLE_SECONDS)
+        assert process.returncode == 0
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory, which takes minutes")
+    arguments = parser.parse_args()
+    index = resolve_bundle(default_store())
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        with Locator.open(index) as locator:
+            engine = LocalEngine(locator, BATCH_SIZE)
+            for name, (size, count) in SIZES.items():
+                folder = Path(temporary, name)
+                write_pictures(folder, size, count)
+                for key, value in measure(folder, engine, count, arguments.rounds).items():
+                    figures[f"{name}.{key}"] = value
+        if not arguments.no_memory:
+            peaks = []
+            for count in MEMORY_COUNTS:
+                folder = Path(temporary, f"memory-{count}")
+                write_pictures(folder, SIZES["small"][0], count)
+                peaks.append(peak_memory_bytes(folder, index))
+            figures |= {
+                "peak_memory_mb": [round(peak / 1e6) for peak in peaks],
+                "peak_memory_ratio": peaks[1] / peaks[0],
+            }
+    figures["cores"] = len(os.sched_getaffinity(0))
+    if arguments.json:
+        print(json.dumps(figures))
+        return
+    for key, value in figures.items():
+        print(f"{key:32} {value if not isinstance(value, float) else f'{value:,.3g}'}")
+
+
+if __name__ == "__main__":
+    main()
