@@ -1,47 +1,22 @@
-"""What an archive's owner wants to be left alone: ignore files, and the globs of a run, in the syntax of gitignore.
+"""Ignore files: what an archive's owner wants to be left alone, in the syntax of gitignore.
 
-An ignore file may lie in any folder and holds for everything below. Of the patterns that match, the last one of the
-innermost file decides. What lies in an ignored folder cannot be taken back in. One thing is simpler than in Git:
-``!keep/`` takes the folder back in with all that lies in it.
+One may lie in any folder and holds for everything below. Of the patterns that match, the last one of the innermost file
+decides. What lies in an ignored folder cannot be taken back in.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from pathspec import PathSpec, Pattern
-
 from geosurge.archive.paths import join, not_readable, open_regular, shown
+from geosurge.archive.patterns import Patterns
 from geosurge.errors import InputNotReadableError
 
 IGNORE_FILE: Final = ".geosurgeignore"
 
 _MAX_BYTES: Final = 1_000_000
-
-
-@dataclass(frozen=True)
-class Patterns:
-    """Patterns of gitignore, to be matched with paths that start from one folder."""
-
-    spec: PathSpec[Pattern]
-
-    @classmethod
-    def parse(cls, lines: Iterable[str]) -> Patterns:
-        """Reads patterns.
-
-        Raises:
-            ValueError: One is no pattern; says which.
-        """
-        return cls(PathSpec.from_lines("gitignore", map(_exact, lines)))
-
-    def match(self, path: bytes, *, is_folder: bool = False) -> bool | None:
-        """Whether the last pattern that matches a path takes it (true) or leaves it (false); ``None``: none matches."""
-        # The patterns become regular expressions, to which a line break means the end.
-        text = os.fsdecode(path).replace("\n", "\0")
-        return self.spec.check_file(text + "/" if is_folder else text).include
 
 
 @dataclass(frozen=True)
@@ -74,7 +49,7 @@ class IgnoreRules:
         try:
             patterns = Patterns.parse(lines)
         except ValueError as error:
-            raise InputNotReadableError(f"{shown(path)}: {error}; correct the pattern") from error
+            raise InputNotReadableError(f"{shown(path)} cannot be used: {error}; correct it") from error
         return IgnoreRules((*self.files, (len(relative), patterns)))
 
     def ignores(self, relative: bytes, *, is_folder: bool) -> bool:
@@ -83,10 +58,3 @@ class IgnoreRules:
             if (decision := patterns.match(relative[start:], is_folder=is_folder)) is not None:
                 return decision
         return False
-
-
-def _exact(line: str) -> str:
-    """A pattern for what lies in a folder, as one that does not match the folder itself."""
-    if line.endswith("/**"):
-        return f"{line}/*"
-    return f"{line[:-1]}/*/" if line.endswith("/**/") else line

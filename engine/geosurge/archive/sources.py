@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
-from geosurge.archive.ignores import IgnoreRules, Patterns
+from geosurge.archive.ignores import IgnoreRules
 from geosurge.archive.lists import LIST_EXTENSIONS, check_list, read_list
 from geosurge.archive.paths import extension, is_hidden, join, not_readable, open_regular, shown, within
+from geosurge.archive.patterns import Patterns
 from geosurge.archive.shards import SHARD_EXTENSION, Member, MemberKind, open_member, read_members
 from geosurge.errors import GeoSurgeError, InputNotReadableError, ShardInvalidError, UsageError
 
@@ -137,7 +138,7 @@ def scan(
     try:
         globs = Patterns.parse(options.globs) if options and options.globs else None
     except ValueError as error:
-        raise UsageError(f"a glob cannot be used: {error}; write it as in a .gitignore file") from error
+        raise UsageError(f"a glob cannot be used: {error}; correct it") from error
     # A source that is given twice is searched once.
     resolved = list(dict.fromkeys(_resolve(source) for source in sources))
     return _Scan(resolved, globs, counts or ScanCounts()).run()
