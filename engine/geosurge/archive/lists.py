@@ -94,7 +94,9 @@ def _csv_entries(path: bytes, file: io.BufferedReader) -> Iterator[bytes]:
                 raise InputNotReadableError(f"{shown(path)}, line {reader.line_num}, has no path; give it one")
             yield entry.encode("utf-8", "surrogateescape")
     except csv.Error as error:
-        raise InputNotReadableError(f"{shown(path)}, line {reader.line_num}: {error}; correct the line") from error
+        raise InputNotReadableError(
+            f"{shown(path)}, after line {reader.line_num}: {error}; correct what is in quotes"
+        ) from error
 
 
 def _bounded_lines(path: bytes, text: io.TextIOWrapper) -> Iterator[str]:
