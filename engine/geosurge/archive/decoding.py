@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Final, Protocol, Self
 
@@ -28,7 +28,7 @@ from geosurge.archive.paths import not_readable
 from geosurge.archive.positions import Claim, read_claims, sidecar_paths
 from geosurge.archive.rows import Position
 from geosurge.archive.sources import Found
-from geosurge.errors import GeoSurgeError, ImageError, ImageTooLargeError, InputChangedError
+from geosurge.errors import GeoSurgeError, ImageError, ImageTooLargeError, InputChangedError, StageCrashedError
 from geosurge.images import ImageLimits
 from geosurge.preprocessing import Preprocessing
 
@@ -193,41 +193,58 @@ def _check_unchanged(found: Found) -> None:
         raise InputChangedError(f"{found.name} changed while the run was under way; run the command again")
 
 
-@dataclass(eq=False)
 class _Worker:
-    """A process, the pipe to it, and what it has been asked to do; it works on the first."""
+    """A process, the pipe to it, and what it has been asked to do; it works on the first.
 
-    process: SpawnProcess
-    pipe: Connection
-    tasks: deque[Task] = field(default_factory=deque)
-    head_since: float = 0.0
+    It is a fresh interpreter that imports this module alone. `multiprocessing` would have it run the main script of
+    whoever uses the pool.
+    """
+
+    def __init__(self) -> None:
+        """Starts the process."""
+        self.tasks: deque[Task] = deque()
+        self.head_since = time.monotonic()
+        self.is_ready = False
+        self.pipe, theirs = Pipe()
+        program = f"from geosurge.archive.decoding import work; work({theirs.fileno()})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        theirs.close()
 
     def give(self, task: Task) -> None:
         """Asks for one thing more."""
         if not self.tasks:
             self.head_since = time.monotonic()
         self.tasks.append(task)
-        self.pipe.send(task)
+        # A process that has just ended shows when its answer is awaited.
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send(task)
 
-    def take(self) -> tuple[int, Outcome]:
-        """Receives what became of the first task.
+    def take(self) -> tuple[int, Outcome] | None:
+        """Receives what became of the first task; ``None`` when the process says that it is ready.
 
         Raises:
             EOFError: The process has ended.
         """
-        outcome: Outcome = self.pipe.recv()
+        outcome: Outcome | None = self.pipe.recv()
         self.head_since = time.monotonic()
+        if outcome is None:
+            self.is_ready = True
+            return None
         return self.tasks.popleft().key, outcome
 
     def stop(self) -> None:
         """Ends the process, whatever it does."""
         self.process.kill()
-        self.process.join()
+        self.process.wait()
         self.pipe.close()
 
 
 class DecodePool:
-    """Spawned processes that carry out tasks; a context manager. Neither torch nor FAISS is loaded in them."""
+    """Processes that carry out tasks; a context manager. Neither torch nor FAISS is loaded in them."""
 
     def __init__(self, size: int) -> None:
         """Starts nothing yet.
@@ -236,7 +253,6 @@ class DecodePool:
             size: Number of processes.
         """
         self._size = size
-        self._context = get_context("spawn")
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
@@ -255,6 +271,9 @@ class DecodePool:
 
         Yields:
             The key of a task and what came of it, in the order in which they end. Stopping early leaves tasks undone.
+
+        Raises:
+            StageCrashedError: A process cannot be started.
         """
         source, tries = iter(tasks), Counter[int]()
         again: deque[Task] = deque()
@@ -263,10 +282,11 @@ class DecodePool:
             busy = [worker for worker in self._workers if worker.tasks]
             if not busy:
                 return
-            ready = wait([worker.pipe for worker in busy], timeout=1.0)
+            wait([worker.pipe for worker in busy], timeout=1.0)
             for worker in busy:
                 try:
-                    if worker.pipe in ready:
+                    # Looked up one by one: more may have come while whoever takes the outcomes was busy.
+                    if worker.pipe.poll():
                         yield worker.take()
                         continue
                     seconds = time.monotonic() - worker.head_since
@@ -274,8 +294,12 @@ class DecodePool:
                         continue
                     what = f"took more than {MAX_SECONDS:.0f} s"
                 except (EOFError, OSError):
-                    worker.process.join()
-                    what = f"ended the process that decoded it (exit code {worker.process.exitcode})"
+                    status = worker.process.wait()
+                    if not worker.is_ready:
+                        raise StageCrashedError(
+                            f"a decoding process ended when it started (exit code {status}); what it printed says why"
+                        ) from None
+                    what = f"ended the process that decoded it (exit code {status})"
                 self._drop(worker)
                 suspect = worker.tasks.popleft()
                 again.extend(worker.tasks)
@@ -295,9 +319,10 @@ class DecodePool:
             if task is None:
                 return
             if worker is None or (worker.tasks and len(self._workers) < self._size):
-                worker = self._start()
+                worker = _Worker()
+                self._workers.append(worker)
             # A process that has just ended shows when its answer is awaited.
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(ConnectionError):
                 worker.give(task)
 
     def _start(self) -> _Worker:
@@ -314,12 +339,13 @@ class DecodePool:
         self._workers.remove(worker)
 
 
-def _work(pipe: Connection) -> None:
-    """What a process of the pool does, until the other end of the pipe is closed."""
+def work(descriptor: int) -> None:
+    """What a process of the pool does, until the other end of its pipe is closed."""
     # Ctrl-C is for the process that started this one, which ends it; and the encoder goes first where both want a core.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICENESS)
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError), Connection(descriptor) as pipe:
+        pipe.send(None)
         while True:
             task: Task = pipe.recv()
             try:

@@ -1,0 +1,76 @@
+"""Tasks that end well or badly, for the processes of a `DecodePool`; in a module that those can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from geosurge.archive.decoding import Looked
+from geosurge.archive.rows import Position
+from geosurge.errors import InputNotReadableError
+
+
+@dataclass(frozen=True)
+class Fine:
+    """Goes well, and says which process did it.
+
+    Attributes:
+        seconds: Time that it takes.
+    """
+
+    key: int
+    seconds: float = 0.0
+
+    def run(self) -> Looked:
+        time.sleep(self.seconds)
+        return Looked(Position(float(self.key), float(os.getpid()), "exif"))
+
+
+@dataclass(frozen=True)
+class Crashing:
+    """Ends its process by a signal: SIGKILL as the system does when memory is short, SIGABRT as codecs do.
+
+    Attributes:
+        once: A file that is made first; the next time all goes well.
+    """
+
+    key: int
+    signal: signal.Signals = signal.SIGKILL
+    once: Path | None = None
+
+    def run(self) -> Looked:
+        if self.once is not None:
+            try:
+                self.once.touch(exist_ok=False)
+            except FileExistsError:
+                return Looked(None)
+        os.kill(os.getpid(), self.signal)
+        time.sleep(60)
+        return Looked(None)
+
+
+@dataclass(frozen=True)
+class Endless:
+    """Never ends."""
+
+    key: int
+
+    def run(self) -> Looked:
+        while True:
+            time.sleep(60)
+
+
+@dataclass(frozen=True)
+class Raising:
+    """Raises an error: one of the engine's, or one that shows a defect."""
+
+    key: int
+    is_defect: bool = False
+
+    def run(self) -> Looked:
+        if self.is_defect:
+            raise ZeroDivisionError("a defect")
+        raise InputNotReadableError("the disk has gone")
