@@ -192,6 +192,13 @@ def test_what_follows_the_end_is_not_passed_over(tmp_path: Path) -> None:
     assert "goes on after its end" in message
 
 
+def test_a_shard_stays_open_for_its_reader(tmp_path: Path) -> None:
+    with pack(tmp_path / "x.tar", [(b"a.jpg", b"a")]).open("rb") as shard:
+        (member,) = read_members(shard, "x.tar")
+        shard.seek(member.offset)
+        assert shard.read(1) == b"a"
+
+
 def test_a_shard_of_nothing_but_its_end(tmp_path: Path) -> None:
     assert members_of(pack(tmp_path / "x.tar", [])) == []
 

@@ -308,9 +308,19 @@ def test_lists_name_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_a_list_names_in_vain_is_a_row(tmp_path: Path) -> None:
-    make(tmp_path, "folder/a.jpg", "a.jpg")
+    make(tmp_path, "folder.tar/a.jpg", "a.jpg")
     (tmp_path / "gone.jpg").symlink_to("nowhere")
-    rows = ["missing.jpg", "missing/x.jpg", "folder", "folder/", "a.jpg/x.jpg", "gone.jpg", "..", "a\0b.jpg", "n" * 300]
+    rows = [
+        "missing.jpg",
+        "missing/x.jpg",
+        "folder.tar",
+        "folder.tar/",
+        "a.jpg/x.jpg",
+        "gone.jpg",
+        "..",
+        "a\0b.jpg",
+        "n" * 300,
+    ]
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(rows) + "\na.jpg\n")
     *failed, good = scan([tmp_path / "list.csv"])
     assert good.error is None
