@@ -207,7 +207,7 @@ class _Worker:
         self.is_ready = False
         self.pipe, theirs = Pipe()
         program = f"from geosurge.archive.decoding import work; work({theirs.fileno()})"
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603 - the interpreter that runs this
             [sys.executable, "-c", program],
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -220,7 +220,7 @@ class _Worker:
             self.head_since = time.monotonic()
         self.tasks.append(task)
         # A process that has just ended shows when its answer is awaited.
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             self.pipe.send(task)
 
     def take(self) -> tuple[int, Outcome] | None:
@@ -287,7 +287,8 @@ class DecodePool:
                 try:
                     # Looked up one by one: more may have come while whoever takes the outcomes was busy.
                     if worker.pipe.poll():
-                        yield worker.take()
+                        if (taken := worker.take()) is not None:
+                            yield taken
                         continue
                     seconds = time.monotonic() - worker.head_since
                     if seconds < MAX_SECONDS:
@@ -321,18 +322,7 @@ class DecodePool:
             if worker is None or (worker.tasks and len(self._workers) < self._size):
                 worker = _Worker()
                 self._workers.append(worker)
-            # A process that has just ended shows when its answer is awaited.
-            with contextlib.suppress(ConnectionError):
-                worker.give(task)
-
-    def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs,), name="geosurge-decode", daemon=True)
-        process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
-        self._workers.append(worker)
-        return worker
+            worker.give(task)
 
     def _drop(self, worker: _Worker) -> None:
         worker.stop()
