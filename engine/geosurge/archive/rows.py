@@ -56,8 +56,8 @@ class Row:
     r"""One picture.
 
     Attributes:
-        path: The picture's path as it was found (bytes that are not UTF-8 as ``\xNN``), of one in a shard
-            ``SHARD/MEMBER``.
+        path: The picture's real path, of one in a shard ``SHARD/MEMBER``; control characters and bytes that are not
+            UTF-8 as ``\xNN``, a backslash as ``\\``, so that no two look the same.
         status: What became of it.
         reason: Why it is not done, as a stable string: one of this module's, or of an error of `geosurge.errors`.
         detail: The same in words; empty when it is done.
