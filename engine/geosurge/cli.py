@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 from geosurge import __version__
 from geosurge.connection_options import Connect, check_server, with_connection
 from geosurge.errors import BundleError, EncoderMissingError, GeoSurgeError, InputError, UsageError
-from geosurge.geotag_command import geotag
+from geosurge.geotag_command import GeotagCommand, geotag
 from geosurge.index_commands import index_app
 from geosurge.locate_flags import BeamWidth, ConfidenceLevel, Exact, Region, TopK, locate_options
 from geosurge.location import LocateOptions, Location
@@ -73,7 +73,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(index_app, name="index")
-app.command()(geotag)
+app.command(cls=GeotagCommand)(geotag)
 
 _Index = Annotated[
     Path | None,

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from geosurge.archive.rows import Format
 from geosurge.connection_options import Connect, check_server, with_connection
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from geosurge.archive.audit import Audit
+    from geosurge.archive.cluster import Cluster
     from geosurge.archive.engines import Engine
     from geosurge.archive.run import Plan, Result
     from geosurge.connection import Connection
@@ -44,6 +48,26 @@ AUDIT_FILE: Final = "audit.json"
 
 _LOG_SECONDS: Final = 60.0
 _SHOWN_MISSES: Final = 10
+_RAY_ADDRESS: Final = re.compile(r"auto|local|[^\s/]+:[0-9]{1,5}")
+
+
+class GeotagCommand(TyperCommand):
+    """Lets ``--ray`` stand without its address: what follows it and is none is a source or another option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer's own type is private
+        """Gives a lone ``--ray`` an empty address."""
+        words = [
+            "--ray=" if word == "--ray" and not _RAY_ADDRESS.fullmatch(following) else word
+            for word, following in itertools.pairwise([*args, ""])
+        ]
+        return super().parse_args(ctx, words)
+
+
+def check_ray(address: str | None) -> str | None:
+    """Checks the form of an address of Ray, for typer."""
+    if address and not _RAY_ADDRESS.fullmatch(address):
+        raise typer.BadParameter(f"{address!r} is neither HOST:PORT, such as 10.0.0.1:6379, nor auto nor local")
+    return address
 
 
 @with_connection
@@ -111,6 +135,15 @@ def geotag(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that decode; one for each core by default.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:PORT]",
+            callback=check_ray,
+            help="Locate on a Ray cluster, which sees sources, index and DIR under the same paths; without an address "
+            "on the one that is there, or else on one that is started here (as with local).",
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.001, metavar="SECONDS", help="Time that a server has for its next answer.")
     ] = 30.0,
@@ -139,6 +172,8 @@ def geotag(
         raise UsageError("--audit compares every guess and writes none; leave out --write and the thresholds")
     if server is not None and (index is not None or device is not None):
         raise UsageError("--server has its own index and device; leave out --index and --device, or --server")
+    if ray is not None and server is not None:
+        raise UsageError("--ray opens the index on the cluster's machines; leave out --server, or --ray")
     options = locate_options(
         top_k=top_k, beam_width=beam_width, exact=exact, confidence_level=confidence_level, region=region
     )
@@ -156,6 +191,7 @@ def geotag(
         audit=audit,
         relocate=relocate,
         workers=workers or len(os.sched_getaffinity(0)),
+        cluster=None if ray is None else _cluster(ray, index, device or "cpu", batch_size),
     )
     open_engine = _engine(index, device or "cpu", batch_size, server=server, connection=connection(), timeout=timeout)
     try:
@@ -186,6 +222,13 @@ def _engine(
     path = index or default_store()
     resolve_bundle(path)  # A wrong path is told before the archive is searched.
     return lambda: open_index(path, device, batch_size)
+
+
+def _cluster(address: str, index: Path | None, device: str, batch_size: int) -> Cluster:
+    from geosurge.archive.cluster import Cluster  # noqa: PLC0415
+
+    # The store may get another active bundle before all actors are there.
+    return Cluster(address, resolve_bundle(index or default_store()).resolve(), device, batch_size)
 
 
 def _undo(directory: Path) -> None:

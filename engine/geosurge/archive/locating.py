@@ -92,6 +92,9 @@ def look_for_positions(ledger: Ledger, pool: DecodePool, progress: Progress, *, 
     commits = _Commits(ledger)
     for key, outcome in pool.run(tasks):
         if isinstance(outcome, Looked):
+            # What this run wrote for the picture itself says nothing about it.
+            if ledger.wrote(key, outcome.run_id):
+                outcome = Looked(None)
             reason, detail = _skip(outcome, audit=audit)
             ledger.looked_at(key, outcome.position, reason, detail)
         else:
@@ -192,7 +195,7 @@ class _Locating:
                 for key in keys:
                     self._fail(key, Failure.of(outcome), content_hash)
                 continue
-            location = _essential(outcome, decode_ms)
+            location = essential(outcome, decode_ms)
             answer = self._ledger.add_answer(content_hash, self._key, location)
             for key in keys:
                 self._settle(key, content_hash, answer, location)
@@ -233,7 +236,7 @@ def _failure(outcome: Outcome) -> Failure:
     return outcome
 
 
-def _essential(location: Location, decode_ms: float) -> Location:
+def essential(location: Location, decode_ms: float) -> Location:
     """What rows hold of an answer, to the digits that mean something.
 
     The last digits of float64 depend on the other pictures of the batch.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from geosurge.archive.audit import Audit, audit
+from geosurge.archive.cluster import Cluster, locate_on_cluster
 from geosurge.archive.decoding import DecodePool
 from geosurge.archive.engines import Engine
 from geosurge.archive.ledger import LEDGER_FILE, Ledger
@@ -22,7 +23,7 @@ from geosurge.archive.outputs import Format, write_outputs
 from geosurge.archive.paths import shown
 from geosurge.archive.report import RunSummary, write_report
 from geosurge.archive.rows import Status
-from geosurge.archive.sources import Found, ScanCounts, ScanOptions, scan
+from geosurge.archive.sources import ScanCounts, ScanOptions, scan
 from geosurge.archive.tagging import finish_writes, write_positions
 from geosurge.archive.writes import WriteKind
 from geosurge.errors import OutputNotWritableError
@@ -45,6 +46,7 @@ class Job:
         audit: Locate the pictures that have a position, instead of those that have none, and compare.
         relocate: Locate again what another index version has located.
         workers: Processes that decode.
+        cluster: Where pictures are located, if not here.
     """
 
     sources: tuple[str, ...]
@@ -57,6 +59,7 @@ class Job:
     audit: bool = False
     relocate: bool = False
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    cluster: Cluster | None = None
 
     def identity(self) -> dict[str, object]:
         """What two runs in one directory must have in common: everything that changes which rows there are."""
@@ -153,7 +156,7 @@ def run(
         ledger = stack.enter_context(Ledger.open(directory, job.identity()))
         pool = stack.enter_context(DecodePool(job.workers))
         finish_writes(ledger)
-        note_pictures(ledger, _outside(found, job.directory), observer.phase("finding pictures", None))
+        note_pictures(ledger, found, observer.phase("finding pictures", None))
         observer_look = observer.phase("looking for positions", ledger.counts().get(None, 0))
         look_for_positions(ledger, pool, observer_look, audit=job.audit)
         engine: Engine | None = None
@@ -165,7 +168,10 @@ def run(
         observer.plan(Plan(sum(before.values()) + to_locate, counts, to_locate, _known(before)))
         if dry_run:
             return None
-        if to_locate:
+        if to_locate and job.cluster is not None:
+            progress = observer.phase("locating", to_locate)
+            locate_on_cluster(ledger, job.cluster, job.directory, job.asked, progress)
+        elif to_locate:
             engine = engine or stack.enter_context(open_engine())
             locate_pictures(ledger, pool, engine, job.asked, observer.phase("locating", to_locate))
         if job.write is not None:
@@ -203,9 +209,3 @@ def _ledger_directory(directory: Path, *, dry_run: bool) -> Iterator[Path]:
     except OSError as error:
         raise OutputNotWritableError(f"{directory} cannot be made: {error.strerror}; name another directory") from error
     yield directory
-
-
-def _outside(found: Iterator[Found], directory: Path) -> Iterator[Found]:
-    """What is not the run's own, when its directory lies in a source: its backups are pictures too."""
-    own = os.fsencode(directory.resolve()) + b"/"
-    return (item for item in found if not item.path.startswith(own))
