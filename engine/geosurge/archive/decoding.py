@@ -168,7 +168,7 @@ class Decode:
                     # The rest of a huge file is only hashed.
                     if len(data) <= self.limits.max_bytes:
                         data += chunk
-            _check_unchanged(self.found)
+            check_unchanged(self.found)
         except OSError as error:
             raise not_readable(self.found.path, error) from error
         content_hash, begun = digest.digest(), time.perf_counter()
@@ -186,9 +186,17 @@ class Decode:
         return Decoded(content_hash, pixels, 1000 * (time.perf_counter() - begun))
 
 
-def _check_unchanged(found: Found) -> None:
-    """After a picture was read: refuses one that is another than the one that was found."""
-    status = Path(os.fsdecode(found.path)).stat()
+def check_unchanged(found: Found) -> None:
+    """Refuses a picture that is another by now than the one that was found.
+
+    Raises:
+        InputChangedError: It is.
+        InputNotReadableError: It is gone.
+    """
+    try:
+        status = Path(os.fsdecode(found.path)).stat()
+    except OSError as error:
+        raise not_readable(found.path, error) from error
     if status.st_mtime_ns != found.mtime_ns or not (found.is_member or status.st_size == found.size):
         raise InputChangedError(f"{found.name} changed while the run was under way; run the command again")
 

@@ -5,7 +5,7 @@
 | `run` | fact about the run: schema, options | its name |
 | `picture` | picture that was ever found | path and member |
 | `answer` | content that was located | content hash, index version, encoder hash, options |
-| `write` | file that was changed, or is about to be | picture |
+| `write` | file that was changed, or is about to be | picture, and whether it is a sidecar |
 
 A picture without a status is still to be done. Everything that a crash may interrupt is one transaction, so that a
 killed run loses at most what it had not committed, and does that again.
@@ -28,7 +28,7 @@ from geosurge.archive.decoding import Failure
 from geosurge.archive.guess import Guess
 from geosurge.archive.rows import Position, Row, Status
 from geosurge.archive.sources import Found
-from geosurge.archive.writes import Write
+from geosurge.archive.writes import Write, WriteKind
 from geosurge.errors import LedgerError, RunConflictError
 from geosurge.location import Location
 from geosurge.v1 import geolocation_pb2
@@ -77,11 +77,14 @@ CREATE TABLE IF NOT EXISTS picture (
 );
 CREATE INDEX IF NOT EXISTS picture_status ON picture (status, id);
 CREATE TABLE IF NOT EXISTS write (
-    picture INTEGER PRIMARY KEY REFERENCES picture (id),
+    id INTEGER PRIMARY KEY,
+    picture INTEGER NOT NULL REFERENCES picture (id),
+    kind TEXT NOT NULL,
     answer INTEGER NOT NULL REFERENCES answer (id),
     state TEXT NOT NULL,
     target BLOB NOT NULL,
-    change TEXT NOT NULL
+    change TEXT NOT NULL,
+    UNIQUE (picture, kind)
 );
 """
 
@@ -131,26 +134,29 @@ class ToWrite:
 class Ledger:
     """The file, opened, and its lock; belongs to the thread that opened it. A context manager."""
 
-    def __init__(self, connection: sqlite3.Connection, lock: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, lock: int, path: Path, *, keeps: bool) -> None:
         """Made by `open` and `reopen`."""
         self._database = connection
         self._lock = lock
+        self._path = path
+        self._keeps = keeps
         self._scan = int(self._fact("scan", "0"))
 
     @classmethod
-    def open(cls, directory: Path, options: Mapping[str, object]) -> Self:
+    def open(cls, directory: Path, options: Mapping[str, object], *, keeps: bool = True) -> Self:
         """Opens the ledger of a run, or begins one.
 
         Args:
             directory: Where the run's files are.
             options: What the run was asked for, as far as it changes any row; JSON values.
+            keeps: Whether anything is kept; what a dry run notes is forgotten when the ledger is closed.
 
         Raises:
             RunConflictError: The directory holds a run with other options, or one that is under way.
             LedgerError: The file is damaged, or cannot be written.
         """
         wanted = {name: json.dumps(value) for name, value in options.items()}
-        ledger = cls._connect(directory)
+        ledger = cls._connect(directory, keeps=keeps)
         try:
             recorded = dict(ledger._database.execute("SELECT name, value FROM run WHERE name NOT IN ('scan', 'id')"))
             if recorded and recorded != wanted:
@@ -176,10 +182,10 @@ class Ledger:
         """
         if not (directory / LEDGER_FILE).is_file():
             raise RunConflictError(f"{directory} holds no run: there is no {LEDGER_FILE} in it")
-        return cls._connect(directory)
+        return cls._connect(directory, keeps=True)
 
     @classmethod
-    def _connect(cls, directory: Path) -> Self:
+    def _connect(cls, directory: Path, *, keeps: bool) -> Self:
         path = directory / LEDGER_FILE
         lock = os.open(directory, os.O_RDONLY)
         try:
@@ -195,7 +201,7 @@ class Ledger:
                         "run with the program that began it"
                     )
                 database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-                return cls(database, lock)
+                return cls(database, lock, path, keeps=keeps)
         except BlockingIOError as error:
             os.close(lock)
             raise RunConflictError(f"another run in {directory} is under way; wait for its end") from error
@@ -211,8 +217,11 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Closes it; what SQLite could not do, in whatever call, is told as a `LedgerError`."""
         self.close()
+        if isinstance(error, sqlite3.DatabaseError):
+            raise _ledger_error(self._path, error) from error
 
     def commit(self) -> None:
         """Makes everything so far survive a crash.
@@ -220,8 +229,9 @@ class Ledger:
         Raises:
             LedgerError: It cannot be written.
         """
-        with _naming(Path(LEDGER_FILE)):
-            self._database.commit()
+        if self._keeps:
+            with _naming(self._path):
+                self._database.commit()
 
     @property
     def run_id(self) -> str:
@@ -257,7 +267,7 @@ class Ledger:
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (*identity, *seen, self._scan, *state),
                 )
-            elif known[3] == self._scan:
+            elif known[3] == self._scan and known[:3] == seen:
                 continue
             elif error is None and known[:3] == seen and known[4]:
                 self._database.execute(
@@ -311,7 +321,8 @@ class Ledger:
     def failed(self, key: int, failure: Failure, content_hash: bytes | None = None) -> None:
         """Notes why nothing came of a picture."""
         self._database.execute(
-            "UPDATE picture SET status = ?, reason = ?, detail = ?, is_final = ?, content_hash = ? WHERE id = ?",
+            "UPDATE picture SET status = ?, reason = ?, detail = ?, is_final = ?,"
+            " content_hash = coalesce(?, content_hash) WHERE id = ?",
             (Status.FAILED, failure.reason, failure.detail, failure.is_final, content_hash, key),
         )
 
@@ -341,62 +352,72 @@ class Ledger:
             (Status.WITHHELD if reason else Status.DONE, reason, detail, content_hash, answer, key),
         )
 
-    def to_write(self) -> Iterator[ToWrite]:
-        """Pictures that are done and whose position has not been written."""
+    def to_write(self, kind: WriteKind) -> Iterator[ToWrite]:
+        """Pictures that are done and whose position has not been written, or not as it was meant to be."""
         last = 0
         while True:
             page = self._database.execute(
-                "SELECT picture.id, path, member, answer.id, response, encoder_hash FROM picture JOIN answer"
-                " ON answer.id = picture.answer LEFT JOIN write ON write.picture = picture.id AND write.state != ?"
+                "SELECT picture.id, path, member, size, mtime_ns, offset, answer.id, response, encoder_hash FROM"
+                " picture JOIN answer ON answer.id = picture.answer"
+                " LEFT JOIN write ON write.picture = picture.id AND write.kind = ? AND write.state = ?"
                 " WHERE scan = ? AND status = ? AND (write.answer IS NULL OR write.answer != answer.id)"
                 " AND picture.id > ? ORDER BY picture.id LIMIT ?",
-                (UNDONE, self._scan, Status.DONE, last, _PAGE),
+                (kind, APPLIED, self._scan, Status.DONE, last, _PAGE),
             ).fetchall()
             if not page:
                 return
-            for key, path, member, answer, response, encoder_hash in page:
-                yield ToWrite(key, Found(path, member), answer, _to_location(response), encoder_hash)
+            for key, path, member, size, mtime_ns, offset, answer, response, encoder_hash in page:
+                found = Found(path, member, size, mtime_ns, offset)
+                yield ToWrite(key, found, answer, _to_location(response), encoder_hash)
             last = page[-1][0]
 
     def write_prepared(self, key: int, answer: int, write: Write) -> None:
         """Notes what is about to be written for a picture."""
         change = asdict(write)
-        target = change.pop("target")
+        target, kind = change.pop("target"), change.pop("kind")
         self._database.execute(
-            "INSERT OR REPLACE INTO write VALUES (?, ?, ?, ?, ?)", (key, answer, PREPARED, target, json.dumps(change))
+            "INSERT OR REPLACE INTO write (picture, kind, answer, state, target, change) VALUES (?, ?, ?, ?, ?, ?)",
+            (key, kind, answer, PREPARED, target, json.dumps(change)),
         )
 
-    def write_ended(self, key: int, state: str, size: int, mtime_ns: int) -> None:
-        """Notes that a write was applied or undone, and what the picture is since."""
-        self._database.execute("UPDATE write SET state = ? WHERE picture = ?", (state, key))
+    def write_ended(self, key: int, kind: WriteKind, state: str) -> None:
+        """Notes that a write was applied or undone."""
+        self._database.execute("UPDATE write SET state = ? WHERE picture = ? AND kind = ?", (state, key, kind))
+
+    def picture_is_now(self, key: int, size: int, mtime_ns: int) -> None:
+        """Notes what a picture is since this run changed it, so that it does not count as changed."""
         self._database.execute("UPDATE picture SET size = ?, mtime_ns = ? WHERE id = ?", (size, mtime_ns, key))
 
-    def writes(self, *states: str) -> Iterator[tuple[int, Found, Write]]:
-        """Writes in one of some states, with the pictures that they are for."""
+    def writes(self, *states: str, status: Status | None = None) -> Iterator[tuple[int, Found, Write]]:
+        """Writes in one of some states, with the pictures that they are for: all, or those of a status in this scan."""
         last = 0
         while True:
             page = self._database.execute(
-                "SELECT picture.id, path, member, target, change FROM write JOIN picture ON picture.id = write.picture"
-                " WHERE state IN (SELECT value FROM json_each(?)) AND picture.id > ? ORDER BY picture.id LIMIT ?",
-                (json.dumps(states), last, _PAGE),
+                "SELECT write.id, picture.id, path, member, target, write.kind, change FROM write"
+                " JOIN picture ON picture.id = write.picture"
+                " WHERE state IN (SELECT value FROM json_each(?)) AND (? IS NULL OR status = ? AND scan = ?)"
+                " AND write.id > ? ORDER BY write.id LIMIT ?",
+                (json.dumps(states), status, status, self._scan, last, _PAGE),
             ).fetchall()
             if not page:
                 return
-            for key, path, member, target, change in page:
-                fields = json.loads(change)
-                guess = Guess(**fields.pop("guess"))
-                yield key, Found(path, member), Write(target=target, guess=guess, **fields)
+            for _, key, path, member, *write in page:
+                yield key, Found(path, member), _to_write(*write)
             last = page[-1][0]
 
-    def write_of(self, key: int) -> Write | None:
-        """What has been written for a picture and not been taken back."""
+    def write_of(self, key: int, kind: WriteKind) -> Write | None:
+        """What has been written for a picture, or was about to be, and not been taken back."""
         row = self._database.execute(
-            "SELECT target, change FROM write WHERE picture = ? AND state != ?", (key, UNDONE)
+            "SELECT target, kind, change FROM write WHERE picture = ? AND kind = ? AND state != ?", (key, kind, UNDONE)
         ).fetchone()
-        if row is None:
-            return None
-        fields = json.loads(row[1])
-        return Write(target=row[0], guess=Guess(**fields.pop("guess")), **fields)
+        return None if row is None else _to_write(*row)
+
+    def wrote(self, key: int, run_id: str) -> bool:
+        """Whether a guess that a picture carries was written for it by this very run."""
+        if run_id != self.run_id:
+            return False
+        query = "SELECT EXISTS (SELECT 1 FROM write WHERE picture = ? AND state != ?)"
+        return bool(self._database.execute(query, (key, UNDONE)).fetchone()[0])
 
     def counts(self) -> dict[Status | None, int]:
         """Pictures found, by what became of them; ``None`` stands for those still to be done."""
@@ -469,6 +490,11 @@ def _to_location(response: bytes) -> Location:
     return response_to_location(geolocation_pb2.LocateResponse.FromString(response))
 
 
+def _to_write(target: bytes, kind: WriteKind, change: str) -> Write:
+    fields = json.loads(change)
+    return Write(target=target, kind=kind, guess=Guess(**fields.pop("guess")), **fields)
+
+
 def _difference(recorded: Mapping[str, str], wanted: Mapping[str, str]) -> str:
     names = sorted(name for name in {*recorded, *wanted} if recorded.get(name) != wanted.get(name))
     return ", ".join(
@@ -481,7 +507,11 @@ def _naming(path: Path) -> Iterator[None]:
     """Has SQLite's errors name the file."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        raise LedgerError(f"{path} cannot be written or read ({error}); make room, or check its permissions") from error
     except sqlite3.DatabaseError as error:
-        raise LedgerError(f"{path} is damaged ({error}); begin the run again in another directory") from error
+        raise _ledger_error(path, error) from error
+
+
+def _ledger_error(path: Path, error: sqlite3.DatabaseError) -> LedgerError:
+    if isinstance(error, sqlite3.OperationalError):
+        return LedgerError(f"{path} cannot be written or read ({error}); make room, or check its permissions")
+    return LedgerError(f"{path} is damaged ({error}); begin the run again in another directory")

@@ -93,10 +93,9 @@ def look_for_positions(ledger: Ledger, pool: DecodePool, progress: Progress, *, 
     for key, outcome in pool.run(tasks):
         if isinstance(outcome, Looked):
             # What this run wrote for the picture itself says nothing about it.
-            if ledger.wrote(key, outcome.run_id):
-                outcome = Looked(None)
-            reason, detail = _skip(outcome, audit=audit)
-            ledger.looked_at(key, outcome.position, reason, detail)
+            looked = Looked(None) if ledger.wrote(key, outcome.run_id) else outcome
+            reason, detail = _skip(looked, audit=audit)
+            ledger.looked_at(key, looked.position, reason, detail)
         else:
             ledger.failed(key, _failure(outcome))
         progress()

@@ -6,18 +6,21 @@ could not be taken back.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from geosurge.archive.decoding import Failure
+from geosurge.archive.decoding import Failure, check_unchanged
 from geosurge.archive.guess import Guess
+from geosurge.archive.ignores import IGNORE_FILE
 from geosurge.archive.ledger import APPLIED, PREPARED, UNDONE, Ledger, ToWrite
 from geosurge.archive.locating import Progress
+from geosurge.archive.rows import Status
 from geosurge.archive.sources import Found
 from geosurge.archive.writes import Write, WriteKind, apply, prepare, undo
-from geosurge.errors import GeoSurgeError, HasPositionError, WriteUnsupportedError
+from geosurge.errors import GeoSurgeError, HasPositionError, OutputNotWritableError, WriteUnsupportedError
 
 BACKUP_DIRECTORY: Final = "backup"
 
@@ -27,6 +30,8 @@ _WRITTEN_AT_ONCE: Final = 64
 def write_positions(ledger: Ledger, kind: WriteKind, directory: Path, progress: Progress) -> None:
     """Writes the position of every picture that is done; one that cannot be written fails.
 
+    What was written for a picture that was located again is replaced, or taken back where the new guess is withheld.
+
     Args:
         ledger: The run's ledger.
         kind: Into sidecars or into the pictures.
@@ -34,8 +39,12 @@ def write_positions(ledger: Ledger, kind: WriteKind, directory: Path, progress: 
         progress: Called after every picture.
     """
     backup = directory / BACKUP_DIRECTORY
+    _keep_out_of_scans(backup)
+    for key, found, older in ledger.writes(PREPARED, APPLIED, status=Status.WITHHELD):
+        if older.kind == kind:
+            _take_back(ledger, key, found, older, backup)
     prepared: dict[bytes, tuple[ToWrite, Write]] = {}
-    for picture in ledger.to_write():
+    for picture in ledger.to_write(kind):
         write = _prepare(ledger, picture, kind, backup)
         if write is not None and write.target in prepared:
             # Two pictures share a sidecar: the second one has to be prepared for what the first one made of it.
@@ -48,6 +57,15 @@ def write_positions(ledger: Ledger, kind: WriteKind, directory: Path, progress: 
             _apply_all(ledger, prepared)
         progress()
     _apply_all(ledger, prepared)
+
+
+def _keep_out_of_scans(backup: Path) -> None:
+    """Backups are pictures too, which a run over the folder around them must not find."""
+    try:
+        backup.mkdir(exist_ok=True)
+        (backup / IGNORE_FILE).write_text("*\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputNotWritableError(f"{backup} cannot be written: {error.strerror}; make room there") from error
 
 
 def finish_writes(ledger: Ledger) -> None:
@@ -74,7 +92,7 @@ def undo_writes(ledger: Ledger, directory: Path) -> Iterator[tuple[str, GeoSurge
         except GeoSurgeError as error:
             yield name, error
         else:
-            _note(ledger, key, found, UNDONE)
+            _note(ledger, key, found, write.kind, UNDONE)
             ledger.commit()
             yield name, None
 
@@ -95,10 +113,11 @@ def _prepare(ledger: Ledger, picture: ToWrite, kind: WriteKind, backup: Path) ->
             raise WriteUnsupportedError(
                 f"{picture.found.name} is in a shard, which is not changed; unpack the shard, or leave out --write"
             )
-        # An older guess of this run, which the picture was located again for.
-        if (written := ledger.write_of(picture.key)) is not None:
+        check_unchanged(picture.found)
+        # Of another index version or of other pixels; or one that another program came in between.
+        if (written := ledger.write_of(picture.key, kind)) is not None:
             undo(written, backup)
-            _note(ledger, picture.key, picture.found, UNDONE)
+            _note(ledger, picture.key, picture.found, kind, UNDONE)
             ledger.commit()
         return prepare(Path(os.fsdecode(picture.found.path)), kind, _guess(ledger, picture), backup)
     except HasPositionError as error:
@@ -120,20 +139,30 @@ def _guess(ledger: Ledger, picture: ToWrite) -> Guess:
     )
 
 
+def _take_back(ledger: Ledger, key: int, found: Found, write: Write, backup: Path) -> None:
+    """Undoes what was written for a picture whose guess is withheld by now; where it cannot, the picture fails."""
+    try:
+        undo(write, backup)
+    except GeoSurgeError as error:
+        ledger.failed(key, Failure.of(error))
+    else:
+        _note(ledger, key, found, write.kind, UNDONE)
+    ledger.commit()
+
+
 def _apply(ledger: Ledger, key: int, found: Found, write: Write) -> None:
     try:
         apply(write)
     except GeoSurgeError as error:
         ledger.failed(key, Failure.of(error))
     else:
-        _note(ledger, key, found, APPLIED)
+        _note(ledger, key, found, write.kind, APPLIED)
 
 
-def _note(ledger: Ledger, key: int, found: Found, state: str) -> None:
-    try:
-        status = Path(os.fsdecode(found.path)).stat()
-    except OSError:
-        # The next scan will see that it is gone.
-        ledger.write_ended(key, state, 0, 0)
-    else:
-        ledger.write_ended(key, state, status.st_size, status.st_mtime_ns)
+def _note(ledger: Ledger, key: int, found: Found, kind: WriteKind, state: str) -> None:
+    ledger.write_ended(key, kind, state)
+    # Of a picture that is gone meanwhile, the next scan will tell.
+    if kind == "exif":
+        with contextlib.suppress(OSError):
+            status = Path(os.fsdecode(found.path)).stat()
+            ledger.picture_is_now(key, status.st_size, status.st_mtime_ns)
