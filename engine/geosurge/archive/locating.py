@@ -130,6 +130,9 @@ def locate_pictures(ledger: Ledger, pool: DecodePool, engine: Engine, asked: Ask
             for key, outcome in pool.run(tasks):
                 locating.take(key, outcome)
             locating.finish()
+        except (GeoSurgeError, KeyboardInterrupt):
+            locating.stop()
+            raise
         finally:
             ledger.commit()
 
@@ -174,21 +177,34 @@ class _Locating:
                 self._submit()
         # One batch more than is being worked on, so that no thread waits for the next.
         while self._under_way and (self._under_way[0][1].done() or len(self._under_way) > self._engine.concurrency + 1):
-            self._note(*self._under_way.popleft())
+            self._note_next()
 
     def finish(self) -> None:
         """Locates the rest, and waits for it."""
         if self._batch.hashes:
             self._submit()
         while self._under_way:
-            self._note(*self._under_way.popleft())
+            self._note_next()
+
+    def stop(self) -> None:
+        """Gives up what nobody has begun to locate; what is being located is not lost."""
+        begun = [(batch, future) for batch, future in self._under_way if not future.cancel()]
+        for batch, future in begun:
+            if future.exception() is None:
+                self._note(batch, future.result())
 
     def _submit(self) -> None:
         batch, self._batch = self._batch, _Batch()
         self._under_way.append((batch, self._threads.submit(self._engine.locate, batch.queries, self._asked.options)))
 
-    def _note(self, batch: _Batch, future: Future[list[Location | GeoSurgeError]]) -> None:
-        for content_hash, decode_ms, outcome in zip(batch.hashes, batch.decode_ms, future.result(), strict=True):
+    def _note_next(self) -> None:
+        batch, future = self._under_way[0]
+        outcomes = future.result()
+        self._under_way.popleft()
+        self._note(batch, outcomes)
+
+    def _note(self, batch: _Batch, outcomes: list[Location | GeoSurgeError]) -> None:
+        for content_hash, decode_ms, outcome in zip(batch.hashes, batch.decode_ms, outcomes, strict=True):
             keys = self._waiting.pop(content_hash)
             if isinstance(outcome, GeoSurgeError):
                 for key in keys:
@@ -198,11 +214,11 @@ class _Locating:
             answer = self._ledger.add_answer(content_hash, self._key, location)
             for key in keys:
                 self._settle(key, content_hash, answer, location)
-        self._commits.now_and_then()
 
     def _settle(self, key: int, content_hash: bytes, answer: int, location: Location) -> None:
         self._ledger.located(key, content_hash, answer, *self._asked.reason_to_withhold(location))
         self._progress()
+        self._commits.now_and_then()
 
     def _fail(self, key: int, failure: Failure, content_hash: bytes | None) -> None:
         self._ledger.failed(key, failure, content_hash)
