@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from geosurge.errors import EncoderMissingError, GeoSurgeError
+from geosurge.errors import EncoderMissingError, GeoSurgeError, IndexVersionUnknownError, ServiceError
 from geosurge.images import DEFAULT_LIMITS, ImageLimits
 from geosurge.location import LocateOptions, Location
 from geosurge.preprocessing import Preprocessing
@@ -135,9 +135,19 @@ class ServerEngine:
     concurrency: int = _STREAMS
 
     def locate(self, queries: Sequence[Query], options: LocateOptions) -> list[Location | GeoSurgeError]:
-        """Locates a batch of encoded images."""
+        """Locates a batch of encoded images.
+
+        Raises:
+            ServiceError: The server has gone, or has the index version no longer.
+        """
         images = [query for query in queries if isinstance(query, bytes)]
-        return list(self.client.locate_many(images, options, index_version=self.index_version))
+        outcomes = list(self.client.locate_many(images, options, index_version=self.index_version))
+        if any(isinstance(outcome, IndexVersionUnknownError) for outcome in outcomes):
+            raise ServiceError(
+                f"{self.client.address} has the index version {self.index_version} no longer, which this run began with;"
+                " give the same command again to go on with the one that is active now"
+            )
+        return outcomes
 
 
 @contextlib.contextmanager
