@@ -144,8 +144,8 @@ class ServerEngine:
         outcomes = list(self.client.locate_many(images, options, index_version=self.index_version))
         if any(isinstance(outcome, IndexVersionUnknownError) for outcome in outcomes):
             raise ServiceError(
-                f"{self.client.address} has the index version {self.index_version} no longer, which this run began with;"
-                " give the same command again to go on with the one that is active now"
+                f"{self.client.address} has the index version {self.index_version} no longer, which this run began"
+                " with; give the same command again to go on with the one that is active now"
             )
         return outcomes
 
