@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -12,9 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from geosurge.errors import GeoSurgeError
+from geosurge_training.evaluate_command import evaluate
 
 app = typer.Typer(
     name="geosurge-train",
@@ -75,46 +74,7 @@ def calibrate(recipe: RecipePath, run: RunPath = None) -> None:
     )
 
 
-@app.command()
-def evaluate(
-    bundle: Annotated[Path, typer.Argument(help="Bundle, or store whose active bundle is meant.")],
-    *,
-    dataset: Annotated[
-        Path | None,
-        typer.Option(metavar="CSV", help="Pictures with path, latitude_deg and longitude_deg, instead of views."),
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder that the dataset's paths start from; default the CSV's.")
-    ] = None,
-    views: Annotated[int, typer.Option(min=1, help="Held-out views of the Blue Marble world.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the views.")] = 7,
-    exact: Annotated[bool, typer.Option("--exact", help="Search every leaf instead of the default beam.")] = False,
-    device: Annotated[str, typer.Option(help="Where encoder and index live: cpu, cuda or cuda:N.")] = "cpu",
-    as_json: JsonFlag = False,
-) -> None:
-    """Measure a bundle on held-out views of the Blue Marble world, or on pictures of your own."""
-    from geosurge_training.evaluate import evaluate_images, evaluate_views  # noqa: PLC0415
-
-    if dataset is not None:
-        result = evaluate_images(bundle, dataset, images, exact=exact, device=device)
-    else:
-        result = evaluate_views(bundle, views=views, seed=seed, exact=exact, device=device)
-    if as_json:
-        sys.stdout.write(json.dumps(result.to_dict()) + "\n")
-        return
-    material = f"held-out views, seed {seed}" if dataset is None else f"pictures of {dataset}"
-    table = Table(title=f"{result.index_version} on {result.count} {material}")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for threshold, share in result.within_km.items():
-        table.add_row(f"within {threshold} km", f"{share:.1%}")
-    table.add_row("median error", f"{result.median_km:.1f} km")
-    table.add_row("mean error", f"{result.mean_km:.1f} km")
-    table.add_row(f"truth inside the {result.confidence_level:.0%} radius", f"{result.radius_coverage:.1%}")
-    table.add_row(f"median {result.confidence_level:.0%} radius", f"{result.median_radius_km:.1f} km")
-    if result.failed:
-        table.add_row("not located", str(result.failed))
-    Console().print(table)
+app.command()(evaluate)
 
 
 def main() -> None:

@@ -1,64 +1,94 @@
-"""Measures a bundle on held-out images, through the same locator that serves it."""
+"""Measures a bundle on images whose coordinates are known, through the same locator that serves it."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
+from geosurge.cells import CellTree
 from geosurge.errors import ConfigurationError, InputError
-from geosurge.geodesy import great_circle_km
+from geosurge.geodesy import cell_id_range, great_circle_km, latlng_to_cell_id
+from geosurge.images import read_image_bytes
 from geosurge.location import LocateOptions, Location
-from geosurge.locator import Locator
+from geosurge.locator import REACHED_LEAVES, Locator
+from geosurge.search import LeafHits
 from geosurge_training.blue_marble import BlueMarble
-from geosurge_training.csv_images import read_image_table
+from geosurge_training.bootstrap import DEFAULT_BOOTSTRAP, Bootstrap
+from geosurge_training.datasets import Benchmark, Dataset
+from geosurge_training.metrics import Figures, LeafOutcomes, Outcomes, same_places, search_area_km2, summarise
+from geosurge_training.places import nearest_places
 from geosurge_training.progress import track
+from geosurge_training.published import published_results
 
 _LOGGER = logging.getLogger(__name__)
 BLUE_MARBLE = "blue_marble"
 """How the training of a bundle is described when its data was the Blue Marble world."""
-THRESHOLDS_KM = (25, 200, 750, 2500)
-_BATCH_SIZE = 200
+_BATCH_SIZE = 64
+_LeafFinder: TypeAlias = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Figures of one bundle on one set of images.
 
-    Distances are great-circle kilometres on a sphere of radius 6371.0088 km; "within" includes the threshold.
-
     Attributes:
         index_version: Name of the bundle.
-        count: Images located.
-        within_km: Share of the images located within each threshold.
-        median_km: Median distance from truth to estimate.
-        mean_km: Mean distance.
-        radius_coverage: Share of the images whose truth lies inside the radius of the confidence level.
-        confidence_level: The nominal coverage.
-        median_radius_km: Median radius.
-        failed: Images that could not be located; they are in none of the other figures.
+        material: What it was measured on.
+        benchmark: The published benchmark that this is, if any.
+        exact: Every leaf was scored instead of a beam's.
+        figures: The figures, over the images that could be located.
+        outcomes: What they were computed from.
+        bootstrap: How the intervals were resampled.
+        failures: How many images could not be located, by the reason of the error.
     """
 
     index_version: str
-    count: int
-    within_km: dict[str, float]
-    median_km: float
-    mean_km: float
-    radius_coverage: float
-    confidence_level: float
-    median_radius_km: float
-    failed: int = 0
+    material: str
+    benchmark: Benchmark | None
+    exact: bool
+    figures: Figures
+    outcomes: Outcomes
+    bootstrap: Bootstrap
+    failures: dict[str, int]
+
+    @property
+    def failed(self) -> int:
+        """Images that could not be located; they are in none of the figures."""
+        return sum(self.failures.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON-ready values."""
-        return asdict(self)
+        """The figures as JSON-ready values: each with its `interval` beside it."""
+        published = [] if self.benchmark is None else published_results(self.benchmark.name)
+        return {
+            "index_version": self.index_version,
+            "material": self.material,
+            "benchmark": None if self.benchmark is None else self.benchmark.name,
+            "exact": self.exact,
+            **asdict(self.figures),
+            "failed": self.failed,
+            "failures": self.failures,
+            "bootstrap": asdict(self.bootstrap),
+            "published": [asdict(result) for result in published],
+        }
 
 
-def evaluate_views(bundle: Path, *, views: int, seed: int, exact: bool = False, device: str = "cpu") -> Evaluation:
+def evaluate_views(
+    bundle: Path,
+    *,
+    views: int,
+    seed: int,
+    exact: bool = False,
+    device: str = "cpu",
+    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
+) -> Evaluation:
     """Locates held-out views of the Blue Marble world.
 
     Args:
@@ -67,35 +97,37 @@ def evaluate_views(bundle: Path, *, views: int, seed: int, exact: bool = False, 
         seed: Seed of the views.
         exact: Search every leaf instead of the bundle's default beam.
         device: Torch device of the encoder.
+        bootstrap: How intervals are resampled.
 
     Returns:
         The figures.
 
     Raises:
         BundleError: The bundle cannot be used.
-        ConfigurationError: The bundle was trained on something else, or the maps are not installed.
+        ConfigurationError: The bundle was trained on something else, or the maps or the places are not installed.
     """
-    options = LocateOptions(exact=exact)
-    tally = _Tally()
     with Locator.open(bundle, device) as locator:
         if not locator.manifest.domain.training.startswith(BLUE_MARBLE):
             raise ConfigurationError(
                 f"index version {locator.index_version!r} was not trained on the Blue Marble world but on "
                 f"{locator.manifest.domain.training!r}; evaluate it on pictures with --dataset"
             )
+        tally = _Tally(locator, exact=exact)
         world = BlueMarble(locator.encoder.image_size)
         with track("evaluate", -(-views // _BATCH_SIZE)) as progress:
             for batch in world.held_out(views, seed, _BATCH_SIZE):
-                embeddings = locator.encode(batch.pixels.numpy())
-                answers = locator.locate_embeddings(embeddings, [options] * len(embeddings))
-                for row, answer in enumerate(answers):
-                    tally.add(answer, float(batch.latitude_deg[row]), float(batch.longitude_deg[row]))
+                tally.add(list(batch.pixels.numpy()), batch.latitude_deg, batch.longitude_deg)
                 progress.advance()
-        return tally.summarise(locator.index_version, options.confidence_level)
+        return tally.evaluation(f"held-out views of the Blue Marble world, seed {seed}", None, bootstrap)
 
 
 def evaluate_images(
-    bundle: Path, csv_path: Path, images: Path | None = None, *, exact: bool = False, device: str = "cpu"
+    bundle: Path,
+    dataset: Dataset,
+    *,
+    exact: bool = False,
+    device: str = "cpu",
+    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> Evaluation:
     """Locates pictures on disk whose coordinates are known.
 
@@ -103,82 +135,152 @@ def evaluate_images(
 
     Args:
         bundle: Bundle or store.
-        csv_path: CSV file with the columns `path`, `latitude_deg`, `longitude_deg`.
-        images: Folder that relative paths start from; default the CSV file's own.
+        dataset: The pictures.
         exact: Search every leaf instead of the bundle's default beam.
         device: Torch device of the encoder.
+        bootstrap: How intervals are resampled.
 
     Returns:
-        The figures over the pictures that could be located; the others are logged and counted in `failed`.
+        The figures over the pictures that could be located; the others are logged, and counted in `failures`.
 
     Raises:
         BundleError: The bundle cannot be used.
-        ConfigurationError: The CSV file cannot be used, or no picture could be located.
+        EncoderMissingError: It has no encoder.
+        ConfigurationError: No picture could be located, or the places are not installed.
     """
-    paths, latitudes_deg, longitudes_deg = read_image_table(csv_path)
-    folder = images or csv_path.parent
-    options = LocateOptions(exact=exact)
-    tally = _Tally()
-    with Locator.open(bundle, device) as locator:
-        with track("evaluate", -(-len(paths) // _BATCH_SIZE)) as progress:
-            for start in range(0, len(paths), _BATCH_SIZE):
-                part = slice(start, start + _BATCH_SIZE)
-                answers = locator.locate([folder / path for path in paths[part]], options)
-                truths = zip(latitudes_deg[part].tolist(), longitudes_deg[part].tolist(), strict=True)
-                for answer, (latitude_deg, longitude_deg) in zip(answers, truths, strict=True):
-                    tally.add(answer, latitude_deg, longitude_deg)
+    with Locator.open(bundle, device) as locator, ThreadPoolExecutor(max_workers=4) as pool:
+        tally = _Tally(locator, exact=exact)
+        with track("evaluate", -(-len(dataset.images) // _BATCH_SIZE)) as progress:
+            for start in range(0, len(dataset.images), _BATCH_SIZE):
+                rows = slice(start, start + _BATCH_SIZE)
+                pixels = list(pool.map(lambda path: _pixels(locator, path), dataset.images[rows]))
+                tally.add(pixels, dataset.latitude_deg[rows], dataset.longitude_deg[rows])
                 progress.advance()
-        return tally.summarise(locator.index_version, options.confidence_level)
+        return tally.evaluation(dataset.title, dataset.benchmark, bootstrap)
+
+
+def _pixels(locator: Locator, path: Path) -> NDArray[np.uint8] | InputError:
+    try:
+        return locator.preprocess(read_image_bytes(path, locator.limits))
+    except InputError as error:
+        _LOGGER.warning("%s is not located: %s", path, error)
+        return error
 
 
 class _Tally:
-    """Distances and radii, collected answer by answer."""
+    """Answers and truths, collected batch by batch."""
 
-    def __init__(self) -> None:
-        self._errors_km: list[float] = []
-        self._radii_km: list[float] = []
-        self._failed = 0
+    def __init__(self, locator: Locator, *, exact: bool) -> None:
+        # A bundle without an encoder must not look like one on which every image fails.
+        self._encoder = locator.encoder
+        self._locator = locator
+        self._options = LocateOptions(top_k=1, exact=exact)
+        self._find_leaf = _leaf_finder(locator.tree)
+        self._answers: list[Location] = []
+        self._truths: list[tuple[float, float]] = []
+        self._leaves: list[LeafOutcomes] = []
+        self._failures: Counter[str] = Counter()
 
-    def add(self, answer: Location | InputError, latitude_deg: float, longitude_deg: float) -> None:
-        if isinstance(answer, InputError):
-            _LOGGER.warning("not located: %s", answer)
-            self._failed += 1
+    def add(
+        self,
+        pixels: Sequence[NDArray[np.uint8] | InputError],
+        latitude_deg: NDArray[np.float64],
+        longitude_deg: NDArray[np.float64],
+    ) -> None:
+        """Locates images, or counts the errors that stand in their places."""
+        decoded = [item for item in pixels if not isinstance(item, InputError)]
+        self._failures.update(item.reason for item in pixels if isinstance(item, InputError))
+        if not decoded:
             return
-        distance = great_circle_km(latitude_deg, longitude_deg, answer.latitude_deg, answer.longitude_deg)
-        self._errors_km.append(float(distance))
-        self._radii_km.append(answer.radius_km)
+        rows = [row for row, item in enumerate(pixels) if not isinstance(item, InputError)]
+        embeddings = self._encoder.encode(np.stack(decoded))
+        located: list[int] = []
+        for position, answer in enumerate(self._locator.locate_embeddings(embeddings, [self._options] * len(rows))):
+            if isinstance(answer, InputError):
+                _LOGGER.warning("an image is not located: %s", answer)
+                self._failures[answer.reason] += 1
+                continue
+            located.append(position)
+            self._answers.append(answer)
+            self._truths.append((float(latitude_deg[rows[position]]), float(longitude_deg[rows[position]])))
+        if located and self._find_leaf is not None:
+            truths = np.array(self._truths[-len(located) :])
+            true_leaves = self._find_leaf(truths[:, 0], truths[:, 1])
+            probabilities = np.array([answer.probability for answer in self._answers[-len(located) :]])
+            self._leaves.append(self._leaf_outcomes(embeddings[located], true_leaves, probabilities))
 
-    def summarise(self, index_version: str, confidence_level: float) -> Evaluation:
-        if not self._errors_km:
-            raise ConfigurationError(f"none of {self._failed} pictures could be located; the log says why")
-        figures = summarise(index_version, np.array(self._errors_km), np.array(self._radii_km), confidence_level)
-        return replace(figures, failed=self._failed)
+    def evaluation(self, material: str, benchmark: Benchmark | None, bootstrap: Bootstrap) -> Evaluation:
+        """The figures of all images added."""
+        if not self._answers:
+            raise ConfigurationError(
+                f"none of {self._failures.total()} pictures could be located; the log says why of each"
+            )
+        outcomes = self._outcomes()
+        return Evaluation(
+            index_version=self._locator.index_version,
+            material=material,
+            benchmark=benchmark,
+            exact=self._options.exact,
+            figures=summarise(outcomes, bootstrap),
+            outcomes=outcomes,
+            bootstrap=bootstrap,
+            failures=dict(self._failures),
+        )
+
+    def _outcomes(self) -> Outcomes:
+        estimates = np.array([(answer.latitude_deg, answer.longitude_deg) for answer in self._answers])
+        truths = np.array(self._truths)
+        try:
+            same_place = same_places(nearest_places(*estimates.T), nearest_places(*truths.T))
+        except ImportError as error:
+            raise ConfigurationError(str(error)) from error
+        return Outcomes(
+            error_km=great_circle_km(*estimates.T, *truths.T),
+            radius_km=np.array([answer.radius_km for answer in self._answers]),
+            radius_confidence=self._options.confidence_level,
+            same_place=same_place,
+            leaves=_join(self._leaves) if self._leaves else None,
+        )
+
+    def _leaf_outcomes(
+        self, embeddings: NDArray[np.float32], true_leaves: NDArray[np.int64], probabilities: NDArray[np.float64]
+    ) -> LeafOutcomes:
+        hits = self._hits(embeddings)
+        area_km2 = self._locator.tree.leaves.area_km2.take(hits.ordinals)
+        log_density = hits.scores.astype(np.float64) / self._locator.calibration.temperature - np.log(area_km2)
+        is_true = (hits.ordinals == true_leaves[:, np.newaxis]) & (true_leaves >= 0)[:, np.newaxis]
+        positions = np.where(is_true.any(axis=1), is_true.argmax(axis=1), -1)
+        return LeafOutcomes(probabilities, is_true[:, 0], search_area_km2(log_density, area_km2, positions))
+
+    def _hits(self, embeddings: NDArray[np.float32]) -> LeafHits:
+        """The leaves that the answers are made of, as the locator finds them."""
+        index = self._locator.index
+        if self._options.exact:
+            return index.exact(embeddings, k=self._locator.tree.cell_counts[-1])
+        return index.search(embeddings, width=self._locator.manifest.default_beam_width, k=REACHED_LEAVES)
 
 
-def summarise(
-    index_version: str,
-    errors_km: npt.NDArray[np.float64],
-    radii_km: npt.NDArray[np.float64],
-    confidence_level: float,
-) -> Evaluation:
-    """Turns distances and radii into figures.
+def _leaf_finder(tree: CellTree) -> _LeafFinder | None:
+    """A function from (n,) coordinates to (n,) ordinals of the leaves that hold them, -1 where none does.
 
-    Args:
-        index_version: Name of the bundle.
-        errors_km: (n,) distances from truth to estimate, n at least 1.
-        radii_km: (n,) radii of the answers.
-        confidence_level: What the radii were asked for.
-
-    Returns:
-        The figures.
+    None for cells other than S2's: a bundle does not say which coordinates these hold.
     """
-    return Evaluation(
-        index_version=index_version,
-        count=len(errors_km),
-        within_km={str(threshold): float(np.mean(errors_km <= threshold)) for threshold in THRESHOLDS_KM},
-        median_km=float(np.median(errors_km)),
-        mean_km=float(errors_km.mean()),
-        radius_coverage=float(np.mean(errors_km <= radii_km)),
-        confidence_level=confidence_level,
-        median_radius_km=float(np.median(radii_km)),
+    if not tree.has_s2_cells:
+        return None
+    first, last = cell_id_range(tree.cell_ids(tree.level_count))
+
+    def find(latitude_deg: NDArray[np.float64], longitude_deg: NDArray[np.float64]) -> NDArray[np.int64]:
+        points = latlng_to_cell_id(latitude_deg, longitude_deg)
+        # Leaves stand in the order of the Hilbert curve and do not overlap.
+        rows = np.minimum(np.searchsorted(last, points), len(last) - 1)
+        return np.where((first[rows] <= points) & (points <= last[rows]), rows, -1)
+
+    return find
+
+
+def _join(parts: Sequence[LeafOutcomes]) -> LeafOutcomes:
+    return LeafOutcomes(
+        np.concatenate([part.probability for part in parts]),
+        np.concatenate([part.correct for part in parts]),
+        np.concatenate([part.search_area_km2 for part in parts]),
     )
