@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
-import json
 import logging
 import os
 import re
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
     from geosurge.connection import Connection
 
 logger = logging.getLogger(__name__)
-
-AUDIT_FILE: Final = "audit.json"
 
 _LOG_SECONDS: Final = 60.0
 _SHOWN_MISSES: Final = 10
@@ -160,7 +156,22 @@ def geotag(
     is then 1. A run that was interrupted goes on when the same command is given again.
     """
     if undo is not None:
-        if sources or out is not None:
+        others = (
+            sources,
+            out,
+            dry_run,
+            write,
+            in_place,
+            output_format,
+            report,
+            audit,
+            relocate,
+            glob,
+            index,
+            server,
+            ray,
+        )
+        if any(other not in (None, False) for other in others):
             raise UsageError("--undo DIR stands alone: it takes back what the run in DIR wrote; leave out the rest")
         _undo(undo)
         return
@@ -193,7 +204,9 @@ def geotag(
         workers=workers or len(os.sched_getaffinity(0)),
         cluster=None if ray is None else _cluster(ray, index, device or "cpu", batch_size),
     )
-    open_engine = _engine(index, device or "cpu", batch_size, server=server, connection=connection(), timeout=timeout)
+    # The GPUs are the cluster's then; here the index is only asked for its version.
+    here = "cpu" if ray is not None else device or "cpu"
+    open_engine = _engine(index, here, batch_size, server=server, connection=connection(), timeout=timeout)
     try:
         with _observer() as observer:
             result = run(job, open_engine, observer, dry_run=dry_run)
@@ -201,7 +214,7 @@ def geotag(
         typer.echo("interrupted; give the same command again to do the rest", err=True)
         raise
     if result is not None:
-        _print_result(result, out)
+        _print_result(result)
         if sum(result.failures.values()):
             raise typer.Exit(InputError.exit_code)
 
@@ -256,7 +269,7 @@ def _print_plan(plan: Plan) -> None:
         typer.echo(f"passed over: {over.other_files:,} files that are no pictures, {over.ignored:,} hidden or ignored")
 
 
-def _print_result(result: Result, out: Path) -> None:
+def _print_result(result: Result) -> None:
     counts = ", ".join(f"{count:,} {status}" for status, count in result.counts.items())
     rate = result.located / result.seconds
     typer.echo(f"{sum(result.counts.values()):,} pictures: {counts}")
@@ -268,10 +281,7 @@ def _print_result(result: Result, out: Path) -> None:
             table.add_row(escape(reason), f"{count:,}")
         print_content(table)
     if result.audit is not None:
-        path = out / AUDIT_FILE
-        path.write_text(json.dumps(dataclasses.asdict(result.audit), indent=2) + "\n", encoding="utf-8")
         _print_audit(result.audit)
-        typer.echo(f"written: {path}")
     for path in result.files:
         typer.echo(f"written: {path}")
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _QUEUED_TASKS: Final = 8
 """Tasks that each process has at hand, so that it never waits for the next."""
 
 _TRIES: Final = 2
+_MAX_FAILED_STARTS: Final = 5
 _NICENESS: Final = 5
 _READ_BYTES: Final = 1 << 20
 
@@ -262,6 +264,7 @@ class DecodePool:
         """
         self._size = size
         self._workers: list[_Worker] = []
+        self._failed_starts = 0
 
     def __enter__(self) -> Self:
         return self
@@ -296,6 +299,7 @@ class DecodePool:
                     # Looked up one by one: more may have come while whoever takes the outcomes was busy.
                     if worker.pipe.poll():
                         if (taken := worker.take()) is not None:
+                            self._failed_starts = 0
                             yield taken
                         continue
                     seconds = time.monotonic() - worker.head_since
@@ -305,9 +309,9 @@ class DecodePool:
                 except (EOFError, OSError):
                     status = worker.process.wait()
                     if not worker.is_ready:
-                        raise StageCrashedError(
-                            f"a decoding process ended when it started (exit code {status}); what it printed says why"
-                        ) from None
+                        self._failed_start(worker, status)
+                        again.extend(worker.tasks)
+                        continue
                     what = f"ended the process that decoded it (exit code {status})"
                 self._drop(worker)
                 suspect = worker.tasks.popleft()
@@ -332,6 +336,20 @@ class DecodePool:
                 self._workers.append(worker)
             worker.give(task)
 
+    def _failed_start(self, worker: _Worker, status: int) -> None:
+        """Drops a process that ended before it did anything, as the system may have it when memory is short.
+
+        Raises:
+            StageCrashedError: It was not the first in a row.
+        """
+        self._drop(worker)
+        self._failed_starts += 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise StageCrashedError(
+                f"{_MAX_FAILED_STARTS} decoding processes in a row ended when they started (exit code {status}); what "
+                "they printed says why"
+            )
+
     def _drop(self, worker: _Worker) -> None:
         worker.stop()
         self._workers.remove(worker)
@@ -342,6 +360,8 @@ def work(descriptor: int) -> None:
     # Ctrl-C is for the process that started this one, which ends it; and the encoder goes first where both want a core.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICENESS)
+    # What Pillow has to say about damaged metadata is no news to the owner of a million pictures.
+    warnings.simplefilter("ignore")
     with contextlib.suppress(EOFError, BrokenPipeError), Connection(descriptor) as pipe:
         pipe.send(None)
         while True:

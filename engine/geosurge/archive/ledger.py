@@ -393,7 +393,7 @@ class Ledger:
         last = 0
         while True:
             page = self._database.execute(
-                "SELECT write.id, picture.id, path, member, target, write.kind, change FROM write"
+                "SELECT write.id, picture.id, path, member, size, mtime_ns, target, write.kind, change FROM write"
                 " JOIN picture ON picture.id = write.picture"
                 " WHERE state IN (SELECT value FROM json_each(?)) AND (? IS NULL OR status = ? AND scan = ?)"
                 " AND write.id > ? ORDER BY write.id LIMIT ?",
@@ -401,8 +401,8 @@ class Ledger:
             ).fetchall()
             if not page:
                 return
-            for _, key, path, member, *write in page:
-                yield key, Found(path, member), _to_write(*write)
+            for _, key, path, member, size, mtime_ns, *write in page:
+                yield key, Found(path, member, size, mtime_ns), _to_write(*write)
             last = page[-1][0]
 
     def write_of(self, key: int, kind: WriteKind) -> Write | None:
@@ -412,12 +412,21 @@ class Ledger:
         ).fetchone()
         return None if row is None else _to_write(*row)
 
-    def wrote(self, key: int, run_id: str) -> bool:
-        """Whether a guess that a picture carries was written for it by this very run."""
+    def wrote(self, key: int, position: Position, run_id: str) -> bool:
+        """Whether a position that a picture carries is the guess that this very run wrote for it.
+
+        Somebody who corrects the position may leave the marks of the guess beside it.
+        """
         if run_id != self.run_id:
             return False
-        query = "SELECT EXISTS (SELECT 1 FROM write WHERE picture = ? AND state != ?)"
-        return bool(self._database.execute(query, (key, UNDONE)).fetchone()[0])
+        query = "SELECT change FROM write WHERE picture = ? AND state != ?"
+        guesses = (Guess(**json.loads(change)["guess"]) for (change,) in self._database.execute(query, (key, UNDONE)))
+        return any(guess.is_at(position.latitude_deg, position.longitude_deg) for guess in guesses)
+
+    def written_kinds(self) -> set[str]:
+        """Where positions are that were written and not taken back."""
+        query = "SELECT DISTINCT kind FROM write WHERE state != ?"
+        return {kind for (kind,) in self._database.execute(query, (UNDONE,))}
 
     def counts(self) -> dict[Status | None, int]:
         """Pictures found, by what became of them; ``None`` stands for those still to be done."""

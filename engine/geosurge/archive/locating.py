@@ -19,7 +19,7 @@ from geosurge.archive.engines import Engine, Query
 from geosurge.archive.ledger import AnswerKey, Ledger
 from geosurge.archive.rows import HAS_POSITION, NO_POSITION, PROBABILITY_TOO_LOW, RADIUS_TOO_LARGE
 from geosurge.archive.sources import Found
-from geosurge.errors import GeoSurgeError
+from geosurge.errors import EmbeddingInvalidError, GeoSurgeError, ImageError, InputError, UsageError
 from geosurge.location import CredibleRegion, LocateOptions, Location
 
 _COMMIT_SECONDS: Final = 1.0
@@ -93,7 +93,9 @@ def look_for_positions(ledger: Ledger, pool: DecodePool, progress: Progress, *, 
     for key, outcome in pool.run(tasks):
         if isinstance(outcome, Looked):
             # What this run wrote for the picture itself says nothing about it.
-            looked = Looked(None) if ledger.wrote(key, outcome.run_id) else outcome
+            position = outcome.position
+            is_own = position is not None and ledger.wrote(key, position, outcome.run_id)
+            looked = Looked(None) if is_own else outcome
             reason, detail = _skip(looked, audit=audit)
             ledger.looked_at(key, looked.position, reason, detail)
         else:
@@ -207,6 +209,7 @@ class _Locating:
         for content_hash, decode_ms, outcome in zip(batch.hashes, batch.decode_ms, outcomes, strict=True):
             keys = self._waiting.pop(content_hash)
             if isinstance(outcome, GeoSurgeError):
+                _check_goes_on(outcome)
                 for key in keys:
                     self._fail(key, Failure.of(outcome), content_hash)
                 continue
@@ -237,6 +240,15 @@ class _Commits:
         if time.monotonic() - self._last >= _COMMIT_SECONDS:
             self._ledger.commit()
             self._last = time.monotonic()
+
+
+def _check_goes_on(error: GeoSurgeError) -> None:
+    """After an answer that is an error: raises it where it is not the picture's, and would be every other one's."""
+    if isinstance(error, ImageError | EmbeddingInvalidError):
+        return
+    if isinstance(error, InputError):
+        raise UsageError(str(error)) from error
+    raise error
 
 
 def answer_key(engine: Engine, options: LocateOptions) -> AnswerKey:

@@ -63,8 +63,8 @@ class Row:
         detail: The same in words; empty when it is done.
         content_hash: SHA-256 of the file's bytes in hexadecimal; empty where it was not read to its end.
         position: What the picture itself says, where it says anything.
-        latitude_deg: Latitude of the estimate; only of rows that are done.
-        longitude_deg: Longitude of the estimate; only of rows that are done.
+        latitude_deg: Latitude of the estimate; also where only writing it into the picture failed.
+        longitude_deg: Longitude of the estimate, likewise.
         radius_km: Radius around the estimate that holds ``confidence_level`` of the posterior; also of withheld rows.
         confidence_level: That part of the posterior.
         probability: Posterior probability of the most likely leaf; also of withheld rows.
@@ -95,7 +95,7 @@ class Row:
     timings: Timings | None = None
 
     def with_answer(self, location: Location, encoder_hash: str) -> Row:
-        """The row with what was answered; of one that is withheld or failed, without the guess itself."""
+        """The row with what was answered; of one that is withheld, without the guess itself."""
         row = replace(
             self,
             radius_km=location.radius_km,
@@ -105,7 +105,7 @@ class Row:
             encoder_hash=encoder_hash,
             timings=location.timings,
         )
-        if self.status is not Status.DONE:
+        if self.status is Status.WITHHELD:
             return row
         return replace(
             row,

@@ -42,6 +42,9 @@ PICTURE_EXTENSIONS: Final = frozenset(
 _SIDECAR_EXTENSION: Final = b"xmp"
 _COMPRESSED_SHARDS: Final = (b".tgz", b".tbz2", b".txz", b".tar.gz", b".tar.bz2", b".tar.xz", b".tar.zst", b".tar.lz4")
 
+_MAX_NAME_BYTES: Final = 4096
+_SHOWN_NAME_BYTES: Final = 60
+
 _NOT_IN_ONE_PIECE: Final = {
     MemberKind.SYMBOLIC_LINK: "is a link, and a shard holds nothing for it",
     MemberKind.SPARSE_FILE: "is stored as a sparse file, in several pieces",
@@ -284,7 +287,14 @@ class _Scan:
     def _behind_link(
         self, link: bytes, relative: bytes, folder: _Folder, rules: IgnoreRules
     ) -> Iterator[Found | _Folder]:
-        target = os.path.realpath(link, strict=True)
+        try:
+            target = os.path.realpath(link, strict=True)
+        except FileNotFoundError:
+            # Nobody misses what has no picture's name.
+            if _is_taken(relative, self._globs):
+                raise
+            self._counts.other_files += 1
+            return
         status = os.lstat(target)
         is_folder = stat.S_ISDIR(status.st_mode)
         if is_folder and within(folder.path, target) is not None:
@@ -385,6 +395,12 @@ def _picture(path: bytes, status: os.stat_result) -> Found:
 
 
 def _member_error(path: bytes, member: Member) -> ShardInvalidError | None:
+    if len(member.name) > _MAX_NAME_BYTES:
+        beginning = shown(member.name[:_SHOWN_NAME_BYTES])
+        return ShardInvalidError(
+            f"{beginning}... in {shown(path)} has a name of {len(member.name)} bytes, more than any system takes; "
+            "pack the shard again with shorter names"
+        )
     if (what := _NOT_IN_ONE_PIECE.get(member.kind)) is None:
         return None
     return ShardInvalidError(f"{shown(member.name)} in {shown(path)} {what}; pack the shard again with the file itself")

@@ -68,10 +68,19 @@ def _keep_out_of_scans(backup: Path) -> None:
         raise OutputNotWritableError(f"{backup} cannot be written: {error.strerror}; make room there") from error
 
 
-def finish_writes(ledger: Ledger) -> None:
-    """Does what a killed run was about to write, before its pictures are looked at again."""
+def finish_writes(ledger: Ledger, kind: WriteKind | None, directory: Path) -> None:
+    """Ends what a killed run was writing, before its pictures are looked at again.
+
+    Args:
+        ledger: The run's ledger.
+        kind: What is to be written now; of another kind, what was begun is taken back.
+        directory: Where the run's files are.
+    """
     for key, found, write in ledger.writes(PREPARED):
-        _apply(ledger, key, found, write)
+        if write.kind == kind:
+            _apply(ledger, key, found, write)
+        else:
+            _take_back(ledger, key, found, write, directory / BACKUP_DIRECTORY)
     ledger.commit()
 
 
@@ -88,12 +97,10 @@ def undo_writes(ledger: Ledger, directory: Path) -> Iterator[tuple[str, GeoSurge
     for key, found, write in ledger.writes(PREPARED, APPLIED):
         name = Found(write.target).name
         try:
-            undo(write, directory / BACKUP_DIRECTORY)
+            _undo(ledger, key, found, write, directory / BACKUP_DIRECTORY)
         except GeoSurgeError as error:
             yield name, error
         else:
-            _note(ledger, key, found, write.kind, UNDONE)
-            ledger.commit()
             yield name, None
 
 
@@ -116,9 +123,7 @@ def _prepare(ledger: Ledger, picture: ToWrite, kind: WriteKind, backup: Path) ->
         check_unchanged(picture.found)
         # Of another index version or of other pixels; or one that another program came in between.
         if (written := ledger.write_of(picture.key, kind)) is not None:
-            undo(written, backup)
-            _note(ledger, picture.key, picture.found, kind, UNDONE)
-            ledger.commit()
+            _undo(ledger, picture.key, picture.found, written, backup)
         return prepare(Path(os.fsdecode(picture.found.path)), kind, _guess(ledger, picture), backup)
     except HasPositionError as error:
         ledger.skipped(picture.key, error.reason, str(error))
@@ -140,13 +145,30 @@ def _guess(ledger: Ledger, picture: ToWrite) -> Guess:
 
 
 def _take_back(ledger: Ledger, key: int, found: Found, write: Write, backup: Path) -> None:
-    """Undoes what was written for a picture whose guess is withheld by now; where it cannot, the picture fails."""
+    """Undoes what is not wanted any more; where it cannot, the picture fails."""
     try:
-        undo(write, backup)
+        _undo(ledger, key, found, write, backup)
     except GeoSurgeError as error:
         ledger.failed(key, Failure.of(error))
-    else:
-        _note(ledger, key, found, write.kind, UNDONE)
+        ledger.commit()
+
+
+def _undo(ledger: Ledger, key: int, found: Found, write: Write, backup: Path) -> None:
+    """Undoes a write and notes it.
+
+    Raises:
+        GeoSurgeError: The file is left as it is.
+    """
+    try:
+        check_unchanged(found)
+        is_ours = True
+    except GeoSurgeError:
+        # Somebody has put another picture there, which the next scan is to find changed.
+        is_ours = False
+    undo(write, backup)
+    ledger.write_ended(key, write.kind, UNDONE)
+    if is_ours:
+        _picture_is_now(ledger, key, found, write.kind)
     ledger.commit()
 
 
@@ -156,11 +178,11 @@ def _apply(ledger: Ledger, key: int, found: Found, write: Write) -> None:
     except GeoSurgeError as error:
         ledger.failed(key, Failure.of(error))
     else:
-        _note(ledger, key, found, write.kind, APPLIED)
+        ledger.write_ended(key, write.kind, APPLIED)
+        _picture_is_now(ledger, key, found, write.kind)
 
 
-def _note(ledger: Ledger, key: int, found: Found, kind: WriteKind, state: str) -> None:
-    ledger.write_ended(key, kind, state)
+def _picture_is_now(ledger: Ledger, key: int, found: Found, kind: WriteKind) -> None:
     # Of a picture that is gone meanwhile, the next scan will tell.
     if kind == "exif":
         with contextlib.suppress(OSError):

@@ -72,8 +72,8 @@ SCHEMA: Final = pa.schema(
         _field("detail", pa.string(), "the same in words"),
         _field("content_hash", pa.string(), "SHA-256 of the file's bytes, hexadecimal"),
         _field("position", _POSITION, "where the picture itself says that it was taken"),
-        _field("latitude_deg", pa.float64(), "latitude of the estimate, WGS-84 degrees; only of rows that are done"),
-        _field("longitude_deg", pa.float64(), "longitude of the estimate, WGS-84 degrees; only of rows that are done"),
+        _field("latitude_deg", pa.float64(), "latitude of the estimate, WGS-84 degrees; null of withheld rows"),
+        _field("longitude_deg", pa.float64(), "longitude of the estimate, WGS-84 degrees; null of withheld rows"),
         _field(
             "radius_km",
             pa.float64(),
