@@ -200,7 +200,8 @@ class Ledger:
                         f"{path} has the schema version {version}, this program reads {_SCHEMA_VERSION}; finish the "
                         "run with the program that began it"
                     )
-                database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                if version == 0:
+                    database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
                 return cls(database, lock, path, keeps=keeps)
         except BlockingIOError as error:
             os.close(lock)

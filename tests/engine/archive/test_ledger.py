@@ -309,7 +309,7 @@ def test_a_picture_that_the_run_itself_changed_counts_as_unchanged(ledger: Ledge
     assert ledger.counts() == {Status.DONE: 1}
 
 
-def test_what_failed_to_be_written_keeps_its_hash(ledger: Ledger) -> None:
+def test_what_could_not_be_written_is_located_all_the_same(ledger: Ledger) -> None:
     ledger.note(photos(1))
     look(ledger)
     locate(ledger)
@@ -317,7 +317,7 @@ def test_what_failed_to_be_written_keeps_its_hash(ledger: Ledger) -> None:
     (picture,) = to_write(ledger)
     ledger.failed(picture.key, Failure("FILE_NOT_WRITABLE", "read-only"))
     (failed,) = ledger.rows()
-    assert (failed.status, failed.content_hash, failed.latitude_deg) == (Status.FAILED, row.content_hash, None)
+    assert failed == replace(row, status=Status.FAILED, reason="FILE_NOT_WRITABLE", detail="read-only")
 
 
 def test_only_what_was_committed_is_there_after_a_crash(tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from geosurge.archive.ledger import LEDGER_FILE, Ledger
 from geosurge.archive.locating import Asked, answer_key, locate_pictures, look_for_positions, note_pictures
 from geosurge.archive.rows import Row, Status
 from geosurge.archive.sources import scan
-from geosurge.errors import GeoSurgeError, RegionEmptyError, ServiceError
+from geosurge.errors import (
+    EmbeddingInvalidError,
+    GeoSurgeError,
+    OverloadedError,
+    RegionEmptyError,
+    ServiceError,
+    UsageError,
+)
 from geosurge.location import LocateOptions, Location
 from geosurge.locator import Locator
 
@@ -216,8 +223,10 @@ def test_weak_guesses_are_held_back_without_their_place(
 class Refusing(WatchedEngine):
     """Has no answer to the first picture of each batch."""
 
+    error: GeoSurgeError = field(default_factory=lambda: EmbeddingInvalidError("the embedding is not finite"))
+
     def locate(self, queries: Sequence[Query], options: LocateOptions) -> list[Location | GeoSurgeError]:
-        return [RegionEmptyError("no leaf is left"), *super().locate(queries, options)[1:]]
+        return [self.error, *super().locate(queries, options)[1:]]
 
 
 def test_a_picture_without_an_answer_fails_alone_and_is_asked_for_again(
@@ -228,8 +237,8 @@ def test_a_picture_without_an_answer_fails_alone_and_is_asked_for_again(
     assert locate(ledger, pool, Refusing(locator, 4)) == 4
     failed = [row for row in ledger.rows() if row.status is Status.FAILED]
     assert [(Path(row.path).name, row.reason) for row in failed] == [
-        ("000.jpg", "REGION_EMPTY"),
-        ("002.jpg", "REGION_EMPTY"),
+        ("000.jpg", "EMBEDDING_INVALID"),
+        ("002.jpg", "EMBEDDING_INVALID"),
     ]
     assert all(len(row.content_hash) == 64 for row in failed)
     prepare(ledger, pool, folder)
@@ -237,6 +246,17 @@ def test_a_picture_without_an_answer_fails_alone_and_is_asked_for_again(
     assert locate(ledger, pool, engine) == 2
     assert engine.count == 1
     assert ledger.counts() == {Status.DONE: 4}
+
+
+def test_an_answer_that_would_be_every_pictures_ends_the_run(folder: Path, ledger: Ledger, locator: Locator) -> None:
+    add(folder, range(3))
+    with DecodePool(1) as pool:
+        prepare(ledger, pool, folder)
+        with pytest.raises(UsageError, match="no leaf is left"):
+            locate(ledger, pool, Refusing(locator, 4, error=RegionEmptyError("no leaf is left")))
+    with DecodePool(1) as pool, pytest.raises(OverloadedError):
+        locate(ledger, pool, Refusing(locator, 4, error=OverloadedError("no room")))
+    assert ledger.counts() == {None: 3}
 
 
 @dataclass(frozen=True)

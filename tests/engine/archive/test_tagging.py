@@ -210,7 +210,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on(kind: WriteKind, applied: 
         apply(write)
     run.crash()
 
-    finish_writes(run.ledger)
+    finish_writes(run.ledger, kind, run.out)
     run.locate()
     assert run.rows() == rows
     assert run.is_written("a.jpg")
@@ -218,6 +218,25 @@ def test_a_run_that_is_killed_while_it_writes_goes_on(kind: WriteKind, applied: 
     assert list(run.ledger.writes(PREPARED)) == []
     run.undo()
     assert snapshot(run.folder) == before
+
+
+@kinds
+@pytest.mark.parametrize("applied", [False, True])
+def test_what_a_killed_run_wrote_is_taken_back_where_it_is_not_wanted_any_more(
+    kind: WriteKind, applied: bool, run: Fixture
+) -> None:
+    run.add("a.jpg")
+    run.locate()
+    before, rows = snapshot(run.folder), run.rows()
+    (noted,) = run.ledger.to_write(kind)
+    write = prepare(run.folder / "a.jpg", kind, tagging._guess(run.ledger, noted), run.out / "backup")
+    run.ledger.write_prepared(noted.key, noted.answer, write)
+    if applied:
+        apply(write)
+    finish_writes(run.ledger, None, run.out)
+    assert snapshot(run.folder) == before
+    run.locate()
+    assert run.rows() == rows
 
 
 @kinds
@@ -249,7 +268,7 @@ def test_a_sidecar_that_somebody_changed_meanwhile_is_written_by_the_next_run(ru
     run.crash()
     sidecar.write_text(RATED)
 
-    finish_writes(run.ledger)
+    finish_writes(run.ledger, "xmp", run.out)
     assert run.outcomes() == {"a.jpg": (Status.FAILED, "FILE_CHANGED")}
     assert sidecar.read_text() == RATED
     run.locate()
@@ -283,7 +302,7 @@ def test_a_notedthat_changed_under_a_write_of_its_sidecar_counts_as_changed(run:
     write = prepare(run.folder / "a.jpg", "xmp", tagging._guess(run.ledger, noted), run.out / "backup")
     run.ledger.write_prepared(noted.key, noted.answer, write)
     (run.folder / "a.jpg").write_bytes(picture(99))
-    finish_writes(run.ledger)
+    finish_writes(run.ledger, "xmp", run.out)
     run.ledger.begin_scan()
     run.ledger.note(scan([run.folder]))
     assert [noted.key for noted in run.ledger.to_look_at()] == [noted.key]
