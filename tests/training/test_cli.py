@@ -67,11 +67,11 @@ def test_evaluate_prints_the_figures_as_json(trained: tuple[Path, Path]) -> None
     (line,) = output.splitlines()
     figures = json.loads(line)
     assert figures["count"] == 30
-    assert list(figures["within_km"]) == ["25", "200", "750", "2500"]
-    shares = list(figures["within_km"].values())
+    assert list(figures["within_km"]) == ["1", "25", "200", "750", "2500"]
+    shares = [share["value"] for share in figures["within_km"].values()]
     assert shares == sorted(shares)
-    assert 0 < figures["median_km"] < 20016
-    assert 0 <= figures["radius_coverage"] <= 1
+    assert 0 < figures["median_km"]["value"] < 20016
+    assert 0 <= figures["radius_coverage"]["value"] <= 1
 
 
 def test_evaluate_depends_on_its_seed_alone(trained: tuple[Path, Path]) -> None:

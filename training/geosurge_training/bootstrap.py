@@ -8,8 +8,8 @@ each image was drawn, so that all resamples of all figures are one matrix produc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,10 +29,6 @@ class Estimate:
 
     value: float
     interval: tuple[float, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -96,11 +92,16 @@ class Bootstrap:
         Returns:
             (resamples,) float64.
         """
-        ascending = np.sort(np.asarray(values, dtype=np.float64))
-        count = len(ascending)
+        column = np.asarray(values, dtype=np.float64)
+        count = len(column)
+        order = np.argsort(column)
+        ascending = column[order]
+        rank_of = np.empty(count, dtype=np.int64)
+        rank_of[order] = np.arange(count)
         middle = [(count - 1) // 2, count // 2]
         blocks = []
-        for ranks in self.draws(count):
+        for rows in self.draws(count):
+            ranks = rank_of[rows]
             ranks.partition(middle, axis=1)
             blocks.append(ascending[ranks[:, middle]].mean(axis=1))
         return np.concatenate(blocks)

@@ -54,7 +54,7 @@ def _error_cdf(evaluation: Evaluation, title: str) -> Figure:
     axes.errorbar(THRESHOLDS_KM, values, yerr=spread, fmt="o", color=_COLOUR, capsize=3, markersize=4)
     axes.axvline(evaluation.figures.median_km.value, color="grey", linestyle=":", label="median")
     axes.set(xscale="log", xlabel="error (km)", ylabel="share of images", ylim=(0, 1))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center right")
     return picture
 
 
