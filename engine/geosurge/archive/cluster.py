@@ -147,7 +147,7 @@ def locate_on_cluster(ledger: Ledger, cluster: Cluster, directory: Path, asked: 
     place = home / hashlib.sha256(repr(astuple(key)).encode()).hexdigest()[:16]
     with _session(cluster.address) as slots:
         _export(ledger, place / _PICTURES, cluster.batch_size, slots)
-        with _settings(place / _CHECKPOINT), _counting(place / _CHECKPOINT, progress):
+        with _settings(place / _CHECKPOINT), _counting(place / _CHECKPOINT, progress), _naming():
             _locate_parts(place, cluster, asked.options, decode, slots)
     _note_answers(ledger, key, asked, place)
     shutil.rmtree(home)
@@ -164,26 +164,19 @@ def _identity(noted: Noted) -> int:
 
 @contextlib.contextmanager
 def _session(address: str) -> Iterator[int]:
-    """A connection to Ray, and the number of CPUs that it has; one that is there already is used and left."""
+    """A connection to Ray, and the number of CPUs that it has; where this process has one already, it is used."""
+    # Nothing about a run is anybody else's business.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray  # noqa: PLC0415 - an extra
 
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
-            quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-            try:
-                if address != OWN_CLUSTER:
-                    with contextlib.suppress(*([ConnectionError] if not address else [])):
-                        ray.init(address or "auto", **quietly)
-                if not ray.is_initialized():
-                    slots = len(os.sched_getaffinity(0)) + _SPARE_SLOTS
-                    ray.init(OWN_CLUSTER, num_cpus=slots, include_dashboard=False, **quietly)
-            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-                where = address or "this machine"
-                raise ServiceError(
-                    f"there is no Ray to work with at {where}: {error}; start one, or leave out --ray"
-                ) from error
             stack.callback(ray.shutdown)
+            try:
+                _connect(address)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                where = address or "this machine"
+                raise ServiceError(f"cannot reach a Ray cluster at {where}: {error}; is it running?") from error
         slots = math.floor(ray.cluster_resources().get("CPU", 0))
         if slots <= _SPARE_SLOTS:
             raise UsageError(
@@ -191,6 +184,22 @@ def _session(address: str) -> Iterator[int]:
                 "more: ray start --num-cpus N"
             )
         yield slots
+
+
+def _connect(address: str) -> None:
+    import ray  # noqa: PLC0415
+
+    quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address != OWN_CLUSTER:
+        try:
+            ray.init(address or "auto", **quietly)
+        except ConnectionError:
+            if address:
+                raise
+        else:
+            return
+    slots = len(os.sched_getaffinity(0)) + _SPARE_SLOTS
+    ray.init(OWN_CLUSTER, num_cpus=slots, include_dashboard=False, **quietly)
 
 
 def _actor_count(device: str) -> int:
@@ -293,9 +302,10 @@ def _settings(checkpoint: Path) -> Iterator[None]:
         "use_datasource_v2": False,  # It joins parts to blocks of 128 MB: one task for a million pictures.
     }
     before = {name: getattr(context, name) for name in settings}
-    log = logging.getLogger("ray.data")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    # Errors are raised as well; the log of Ray's session keeps everything.
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
     for name, value in settings.items():
         setattr(context, name, value)
     try:
@@ -303,7 +313,21 @@ def _settings(checkpoint: Path) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(context, name, value)
-        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _naming() -> Iterator[None]:
+    """Has Ray's errors say what they are about."""
+    from ray.exceptions import RayError  # noqa: PLC0415
+
+    try:
+        yield
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, GeoSurgeError):
+            raise cause from error
+        what = repr(cause) if cause is not None else str(error).strip().rpartition("\n")[2]
+        raise ServiceError(f"Ray could not go on: {what}; its logs say more; give the same command again") from error
 
 
 @contextlib.contextmanager
