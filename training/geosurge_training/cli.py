@@ -25,7 +25,6 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")]
 RunPath = Annotated[Path | None, typer.Option("--run", help="Directory of the run. Default: runs/NAME of the recipe.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 
 
 @app.command()
