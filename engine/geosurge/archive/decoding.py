@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -221,6 +220,8 @@ class _Worker:
             [sys.executable, "-c", program],
             pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            # Ctrl-C is for the process that uses the pool, which ends this one; even while it starts it would complain.
+            process_group=0,
         )
         theirs.close()
 
@@ -357,8 +358,7 @@ class DecodePool:
 
 def work(descriptor: int) -> None:
     """What a process of the pool does, until the other end of its pipe is closed."""
-    # Ctrl-C is for the process that started this one, which ends it; and the encoder goes first where both want a core.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The encoder goes first where both want a core.
     os.nice(_NICENESS)
     # What Pillow has to say about damaged metadata is no news to the owner of a million pictures.
     warnings.simplefilter("ignore")

@@ -50,6 +50,10 @@ def outcomes(pool: DecodePool, tasks: list[Task]) -> dict[int, Outcome]:
     return dict(pairs)
 
 
+def processes_of_pools() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children() if "geosurge.archive.decoding" in " ".join(each.cmdline())]
+
+
 def process_of(outcome: Outcome) -> float:
     """The process that did a task `Fine`."""
     assert isinstance(outcome, Looked)
@@ -195,15 +199,16 @@ def test_a_process_that_is_killed_by_chance_costs_no_picture(tmp_path: Path) -> 
 
 def test_processes_that_are_killed_all_the_time_cost_no_picture() -> None:
     with DecodePool(2) as pool:
-        keys = []
+        keys, killed = [], 0
         for key, outcome in pool.run(Fine(key) for key in range(1500)):
             assert isinstance(outcome, Looked)
             keys.append(key)
             if len(keys) % 600 == 0:
-                for process in psutil.Process().children():
-                    if process.cmdline()[-1] == "--multiprocessing-fork":
-                        process.kill()
+                for process in processes_of_pools():
+                    process.kill()
+                    killed += 1
     assert sorted(keys) == list(range(1500))
+    assert killed == 4
 
 
 def test_a_picture_that_takes_for_ever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,8 +243,6 @@ def test_a_pool_that_is_left_leaves_no_process() -> None:
         tasks: itertools.chain[Task] = itertools.chain([Fine(0)], (Endless(key) for key in range(1, 20)))
         key, _ = next(pool.run(tasks))
         assert key == 0
-        processes = [
-            process for process in psutil.Process().children() if "--multiprocessing-fork" in process.cmdline()
-        ]
+        processes = processes_of_pools()
         assert len(processes) == 2
     wait_until(lambda: not any(map(psutil.Process.is_running, processes)), "the processes end")
