@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
@@ -66,6 +67,7 @@ _SPARE_SLOTS: Final = 2
 _SMALL_SLOT: Final = 0.05
 _FILTER_BYTES: Final = 64 << 20
 _COUNT_SECONDS: Final = 1.0
+_CONNECT_SECONDS: Final = 10.0
 
 _PICTURE_SCHEMA: Final = pa.schema(
     [
@@ -174,9 +176,12 @@ def _session(address: str) -> Iterator[int]:
             stack.callback(ray.shutdown)
             try:
                 _connect(address)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 where = address or "this machine"
-                raise ServiceError(f"cannot reach a Ray cluster at {where}: {error}; is it running?") from error
+                raise ServiceError(
+                    f"cannot reach a Ray cluster at {where}: {error}; is it running, and are its Ray, Python and "
+                    "RAY_AUTH_MODE the same as here?"
+                ) from error
         slots = math.floor(ray.cluster_resources().get("CPU", 0))
         if slots <= _SPARE_SLOTS:
             raise UsageError(
@@ -190,6 +195,10 @@ def _connect(address: str) -> None:
     import ray  # noqa: PLC0415
 
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    host, colon, port = address.rpartition(":")
+    if colon:
+        # Where nobody listens, Ray would try for a quarter of an hour.
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     if address != OWN_CLUSTER:
         try:
             ray.init(address or "auto", **quietly)

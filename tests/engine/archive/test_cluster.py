@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -30,7 +31,7 @@ from geosurge.archive.outputs import read_rows
 from geosurge.archive.rows import Row, Status
 from geosurge.archive.run import Job, Plan, run
 from geosurge.cli import app
-from geosurge.errors import LedgerError, UsageError
+from geosurge.errors import LedgerError, ServiceError, UsageError
 
 ray = pytest.importorskip("ray", reason="needs the extra bulk: pip install 'geosurge[bulk]'")
 
@@ -144,6 +145,14 @@ def make_pictures(folder: Path, names: list[str]) -> None:
     rng = np.random.default_rng(0)
     for name in names:
         Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(folder / name)
+
+
+def test_an_address_where_nobody_listens_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    # Comes first: once the process has a Ray, it is used.
+    with pytest.raises(ServiceError, match=f"at 127.0.0.1:{port}: .*refused"), clusters._session(f"127.0.0.1:{port}"):
+        pass
 
 
 def test_rows_are_those_of_a_run_without_it(setting: Setting, tmp_path: Path) -> None:
