@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from support import exiftool
 from support.bad_archive import picture, with_gps
 from support.bundles import make_bundle, tiny_encoder
-from support.processes import SLOW_ENCODER, ServerProcess, server_process, wait_until
+from support.processes import SLOW_ENCODER, server_process, wait_until
 from typer.testing import CliRunner, Result
 
 from geosurge import cli, geotag_command
@@ -61,15 +60,13 @@ def geotag(*arguments: str | Path, check: int = 0) -> Result:
     return done
 
 
-def started(*arguments: str | Path, prelude: str = "") -> subprocess.Popen[str]:
+def started(*arguments: str | Path) -> subprocess.Popen[str]:
     """Starts the command as a shell does, in a process group of its own."""
-    program = f"{prelude}\nfrom geosurge.cli import main\nmain()"
     return subprocess.Popen(
-        [sys.executable, "-c", program, "geotag", *map(str, arguments)],
+        [sys.executable, "-m", "geosurge.cli", "geotag", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **SLOWLY},
         start_new_session=True,
     )
 
@@ -231,33 +228,40 @@ def test_an_audit_is_printed_and_written(folder: Path, out: Path, bundle: Path) 
     assert "written: " in done.stdout
 
 
-@pytest.fixture(scope="module")
-def slow_server(bundle: Path) -> Iterator[ServerProcess]:
-    with server_process(bundle, prelude=SLOW_ENCODER, environment=SLOWLY, max_batch_size=2) as server:
-        yield server
-
-
-def test_a_server_gives_the_same_rows_and_its_end_costs_none(
-    folder: Path, out: Path, bundle: Path, slow_server: ServerProcess
-) -> None:
-    for number in range(36):
+def test_whatever_ends_a_run_the_next_one_does_the_rest(folder: Path, out: Path, bundle: Path) -> None:
+    """A run at a server, which gives the same rows as the index, is ended by Ctrl-C and then by the server's end."""
+    for number in range(60):
         (folder / f"more{number}.jpg").write_bytes(picture(100 + number))
     (folder / "text.jpg").unlink()
     geotag(folder, "--out", out, "--index", bundle)
     served = out.with_name("served")
-    flags = (folder, "--out", served, "--server", slow_server.address, "--batch-size", "2", "--timeout", "2")
-    run = started(*flags)
-    wait_until(lambda: located(served) >= 4, "some pictures are located")
-    slow_server.send(signal.SIGKILL)
-    _, stderr = run.communicate(timeout=60)
-    assert run.returncode == 3, stderr
-    assert slow_server.address in stderr
-    assert "Traceback" not in stderr
-    count = located(served)
-    assert 4 <= count < 40
+    with server_process(bundle, prelude=SLOW_ENCODER, environment=SLOWLY, max_batch_size=2) as server:
+        flags = (folder, "--out", served, "--server", server.address, "--batch-size", "2", "--timeout", "2")
+        run = started(*flags)
+        wait_until(lambda: located(served) >= 4, "some pictures are located")
+        family = psutil.Process(run.pid).children(recursive=True)
+        os.killpg(run.pid, signal.SIGINT)
+        _, stderr = run.communicate(timeout=60)
+        assert run.returncode == 130
+        assert stderr == "interrupted; give the same command again to do the rest\n"
+        wait_until(lambda: not any(map(psutil.Process.is_running, family)), "its processes end with it")
+        first = located(served)
+        assert 4 <= first < 64
+
+        run = started(*flags)
+        wait_until(lambda: located(served) >= first + 4, "more pictures are located")
+        server.send(signal.SIGKILL)
+        stdout, stderr = run.communicate(timeout=60)
+        assert run.returncode == 3, stderr
+        assert f"65 pictures found: {64 - first} to locate; {first} done, 1 skipped" in stdout
+        assert server.address in stderr
+        assert "Traceback" not in stderr
+        second = located(served)
+        assert first + 4 <= second < 64
 
     done = geotag(folder, "--out", served, "--index", bundle)
-    assert f"41 pictures found: {40 - count} to locate; {count} done, 1 skipped" in done.stdout
+    assert f"65 pictures found: {64 - second} to locate; {second} done, 1 skipped" in done.stdout
+    assert "65 pictures: 64 done, 1 skipped, 0 withheld, 0 failed" in done.stdout
     expected = rows(out)
     assert rows(served).keys() == expected.keys()
     inexact = {"latitude_deg", "longitude_deg", "radius_km", "probability", "cells", "alternatives"}
@@ -273,26 +277,6 @@ def test_a_server_gives_the_same_rows_and_its_end_costs_none(
             assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
         assert [cell.token for cell in row.cells] == [cell.token for cell in other.cells]
         assert [leaf.token for leaf in row.alternatives] == [leaf.token for leaf in other.alternatives]
-
-
-def test_ctrl_c_ends_a_run_that_goes_on_when_it_is_given_again(folder: Path, out: Path, bundle: Path) -> None:
-    for number in range(60):
-        (folder / f"more{number}.jpg").write_bytes(picture(100 + number))
-    (folder / "text.jpg").unlink()
-    flags = (folder, "--out", out, "--index", bundle, "--batch-size", "1", "--workers", "1")
-    run = started(*flags, prelude=SLOW_ENCODER)
-    wait_until(lambda: located(out) >= 3, "some pictures are located")
-    family = psutil.Process(run.pid).children(recursive=True)
-    os.killpg(run.pid, signal.SIGINT)
-    _, stderr = run.communicate(timeout=60)
-    assert run.returncode == 130
-    assert stderr == "interrupted; give the same command again to do the rest\n"
-    wait_until(lambda: not any(map(psutil.Process.is_running, family)), "its processes end with it")
-    count = located(out)
-    assert 3 <= count < 64
-    done = geotag(*flags)
-    assert f"65 pictures found: {64 - count} to locate; {count} done, 1 skipped" in done.stdout
-    assert "65 pictures: 64 done, 1 skipped, 0 withheld, 0 failed" in done.stdout
 
 
 def test_ctrl_c_while_processes_start_is_as_quiet(folder: Path, out: Path, bundle: Path) -> None:
