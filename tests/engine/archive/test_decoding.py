@@ -211,6 +211,19 @@ def test_processes_that_are_killed_all_the_time_cost_no_picture() -> None:
     assert killed == 4
 
 
+def test_a_process_that_is_killed_while_it_starts_costs_no_picture() -> None:
+    def tasks() -> Iterator[Task]:
+        yield Fine(0)
+        (starting,) = processes_of_pools()
+        starting.kill()
+        yield from map(Fine, range(1, 20))
+
+    with DecodePool(1) as pool:
+        ended = dict(pool.run(tasks()))
+    assert sorted(ended) == list(range(20))
+    assert all(isinstance(outcome, Looked) for outcome in ended.values())
+
+
 def test_a_picture_that_takes_for_ever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     with DecodePool(1) as pool:
         assert isinstance(outcomes(pool, [Fine(0)])[0], Looked)

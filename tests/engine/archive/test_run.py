@@ -459,6 +459,10 @@ def test_the_runs_own_files_are_no_pictures_wherever_its_directory_is(archive: A
     rows = inside.rows()
     inside.run(write="exif")
     assert inside.rows() == rows
+    everything = replace(archive, out=archive.folder / "everything")
+    for _ in range(2):
+        everything.run(globs=("*", "!geotags/**"), formats=tuple(Format), report=True)
+        assert everything.rows().keys() == {*OUTCOMES, "notes.txt"}
     beside = replace(archive, out=archive.folder.parent)
     beside.run()
     assert beside.rows().keys() == OUTCOMES.keys(), "a source in the directory is one"

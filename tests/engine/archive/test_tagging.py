@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import sqlite3
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,12 @@ from support.metadata import xmp_packet
 
 from geosurge.archive import tagging
 from geosurge.archive.decoding import Look
-from geosurge.archive.ledger import PREPARED, AnswerKey, Ledger
+from geosurge.archive.ledger import LEDGER_FILE, PREPARED, AnswerKey, Ledger
 from geosurge.archive.positions import read_claims, sidecar_paths
 from geosurge.archive.rows import Row, Status
 from geosurge.archive.sources import scan
 from geosurge.archive.tagging import finish_writes, undo_writes, write_positions
-from geosurge.archive.writes import WriteKind, apply, prepare
+from geosurge.archive.writes import Write, WriteKind, apply, prepare
 from geosurge.errors import FileChangedError
 from geosurge.location import CredibleRegion, Location
 
@@ -255,6 +256,26 @@ def test_what_a_killed_run_left_can_be_undone_at_once(kind: WriteKind, run: Fixt
     run.crash()
     assert set(run.undo().values()) == {None}
     assert snapshot(run.folder) == before
+
+
+@kinds
+def test_no_file_is_touched_before_the_journal_is_on_the_disk(
+    kind: WriteKind, run: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.add("a.jpg", "b.jpg")
+    run.locate()
+    journal = sqlite3.connect(run.out / LEDGER_FILE)
+    seen: list[bytes] = []
+
+    def apply_noted(write: Write) -> None:
+        seen.extend(target for (target,) in journal.execute("SELECT target FROM write WHERE state = 'prepared'"))
+        assert write.target in seen
+        apply(write)
+
+    monkeypatch.setattr(tagging, "apply", apply_noted)
+    run.write(kind)
+    journal.close()
+    assert len(set(seen)) == 2
 
 
 def test_a_sidecar_that_somebody_changed_meanwhile_is_written_by_the_next_run(run: Fixture) -> None:
