@@ -311,10 +311,15 @@ def _settings(checkpoint: Path) -> Iterator[None]:
         "use_datasource_v2": False,  # It joins parts to blocks of 128 MB: one task for a million pictures.
     }
     before = {name: getattr(context, name) for name in settings}
-    # Errors are raised as well; the log of Ray's session keeps everything.
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.CRITICAL)
+    # Errors are raised as well; the log of Ray's session keeps everything. Ray lends
+    # the caller's own handlers to that logger too, which stay as they are.
+    consoles = [
+        (handler, handler.level)
+        for handler in logging.getLogger("ray.data").handlers
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray.")
+    ]
+    for handler, _ in consoles:
+        handler.setLevel(logging.CRITICAL)
     for name, value in settings.items():
         setattr(context, name, value)
     try:
@@ -322,6 +327,8 @@ def _settings(checkpoint: Path) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+        for handler, level in consoles:
+            handler.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import subprocess
@@ -155,7 +156,7 @@ def test_an_address_where_nobody_listens_is_told() -> None:
         pass
 
 
-def test_rows_are_those_of_a_run_without_it(setting: Setting, tmp_path: Path) -> None:
+def test_rows_are_those_of_a_run_without_it(setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "pictures"
     make_pictures(folder, [*(f"{number}.jpg" for number in range(9)), "deadly.jpg", "naïve \\ name.png"])
     (folder / "0 again.jpg").write_bytes((folder / "0.jpg").read_bytes())
@@ -176,6 +177,9 @@ def test_rows_are_those_of_a_run_without_it(setting: Setting, tmp_path: Path) ->
         "IMAGE_TRUNCATED",
     }
     assert not (jobs[1].directory / CLUSTER_DIRECTORY).exists()
+    # Ray lends the caller's handlers to its own loggers.
+    logging.getLogger("geosurge.test").warning("still heard")
+    assert "still heard" in caplog.text
 
 
 def test_workers_that_are_killed_cost_no_picture(setting: Setting, tmp_path: Path) -> None:
