@@ -19,7 +19,7 @@ from support.bundles import make_bundle, tiny_encoder
 from support.secured import Authority, new_token, replace_file
 from support.servers import background_server, encoded_image, settings_for
 
-from geosurge import __version__, cli, locator
+from geosurge import __version__, cli
 from geosurge.client import Client
 from geosurge.settings import ServerSettings
 from geosurge.store import publish
@@ -364,11 +364,6 @@ def test_the_flags_of_serve_are_its_settings() -> None:
         assert options[name].opts == [f"--{name.replace('_', '-')}"]
         assert options[name].default is None
         assert options[name].help == ServerSettings.model_fields[name].description
-
-
-def test_the_limits_of_the_flags_are_the_engines() -> None:
-    assert cli.MAX_TOP_K == locator.MAX_TOP_K
-    assert cli.MAX_BEAM_WIDTH == locator.MAX_BEAM_WIDTH
 
 
 def test_a_server_says_where_it_serves_and_stops_on_sigterm(bundle: Path, tmp_path: Path) -> None:
