@@ -44,7 +44,7 @@ from geosurge.demo import default_views
 from geosurge.locator import Locator
 from geosurge.store import default_store, resolve_bundle
 
-SIZES = {"large": ((4000, 3000), 256), "small": ((450, 340), 2000)}
+SIZES = {"large": ((4000, 3000), 600), "small": ((450, 340), 6000)}
 """Width and height, and pictures of a round."""
 
 BATCH_SIZE = 32
