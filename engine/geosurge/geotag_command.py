@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import re
 import sys
 import time
@@ -22,6 +21,7 @@ from typer.core import TyperCommand
 
 from geosurge.archive.rows import Format
 from geosurge.connection_options import Connect, check_server, with_connection
+from geosurge.cores import usable_cores
 from geosurge.errors import InputError, UsageError
 from geosurge.locate_flags import BeamWidth, ConfidenceLevel, Exact, Region, TopK, locate_options
 from geosurge.location import LocateOptions
@@ -201,7 +201,7 @@ def geotag(
         report=report,
         audit=audit,
         relocate=relocate,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=workers or usable_cores(),
         cluster=None if ray is None else _cluster(ray, index, device or "cpu", batch_size),
     )
     # The GPUs are the cluster's then; here the index is only asked for its version.

@@ -21,7 +21,7 @@ class Preprocessing:
     Attributes:
         image_size: Side of the canonical square, pixels.
         jpeg_draft: JPEG is decoded at an eighth, a quarter or half of its size where that leaves both sides at least
-            twice as long as `image_size`: a photo of 12 megapixels takes a fifth of the time.
+            twice as long as `image_size`: a photo of 12 megapixels takes a third of the time.
     """
 
     image_size: int

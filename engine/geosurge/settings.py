@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from geosurge.addresses import is_loopback
+from geosurge.cores import usable_cores
 from geosurge.errors import ConfigurationError
 from geosurge.store import default_store
 
@@ -84,9 +85,7 @@ class ServerSettings(BaseSettings):
         default=500, ge=1, le=10_000, description="Most cells in one page of a listing; also the default."
     )
     decode_workers: int = Field(
-        default_factory=lambda: (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ),
+        default_factory=usable_cores,
         ge=1,
         le=256,
         description="Threads that decode images; by default one a usable core.",

@@ -43,6 +43,7 @@ from geosurge.archive.engines import Query, open_index
 from geosurge.archive.ledger import AnswerKey, Ledger, Noted
 from geosurge.archive.locating import Asked, Progress, answer_key, essential
 from geosurge.archive.sources import Found
+from geosurge.cores import usable_cores
 from geosurge.errors import GeoSurgeError, OutputNotWritableError, ServiceError, UsageError
 from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions
@@ -207,7 +208,7 @@ def _connect(address: str) -> None:
                 raise
         else:
             return
-    slots = len(os.sched_getaffinity(0)) + _SPARE_SLOTS
+    slots = usable_cores() + _SPARE_SLOTS
     ray.init(OWN_CLUSTER, num_cpus=slots, include_dashboard=False, **quietly)
 
 
@@ -428,7 +429,7 @@ class _Locate:
         import torch  # noqa: PLC0415
 
         # Ray gives each process one thread; how many there are decides how batches are cut and so how they are rounded.
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(usable_cores())
         self._options = options
         self._opened = contextlib.ExitStack()
         self._engine = self._opened.enter_context(open_index(cluster.index, cluster.device, cluster.batch_size))

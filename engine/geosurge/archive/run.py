@@ -28,6 +28,7 @@ from geosurge.archive.rows import Status
 from geosurge.archive.sources import Found, ScanCounts, ScanOptions, scan
 from geosurge.archive.tagging import finish_writes, write_positions
 from geosurge.archive.writes import WriteKind
+from geosurge.cores import usable_cores
 from geosurge.errors import LedgerError, OutputNotWritableError, RunConflictError
 
 REPORT_FILE: Final = "report.html"
@@ -61,7 +62,7 @@ class Job:
     report: bool = False
     audit: bool = False
     relocate: bool = False
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    workers: int = field(default_factory=usable_cores)
     cluster: Cluster | None = None
 
     def asked_for(self) -> dict[str, str]:

