@@ -28,17 +28,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from geosurge.bundle import (
+from geosurge.bundle import Bundle, open_bundle
+from geosurge.bundle.golden import Encoder
+from geosurge.bundle.manifest import (
+    BUNDLE_NAME,
+    CURRENT_FILE,
+    HISTORY_FILE,
     MANIFEST_FILE,
-    Bundle,
-    Encoder,
     Manifest,
-    VerifyReport,
-    fsync_directory,
-    open_bundle,
-    replace_file,
-    verify_bundle,
+    check_bundle_name,
+    render_manifest,
 )
+from geosurge.bundle.verifying import VerifyReport, verify_bundle
+from geosurge.durable_files import fsync_path, replace_file
 from geosurge.errors import (
     BundleCorruptError,
     BundleError,
@@ -47,14 +49,10 @@ from geosurge.errors import (
     BundlePartialError,
     StoreError,
 )
-from geosurge.manifest import BUNDLE_NAME, render_manifest
 
-CURRENT_FILE = "CURRENT"
-HISTORY_FILE = "HISTORY"
 STORE_VARIABLE = "GEOSURGE_INDEX"
 """Environment variable with the default store or bundle."""
 
-_RESERVED = (CURRENT_FILE, HISTORY_FILE)
 _TEMPORARY_PREFIX = ".publish-"
 _PUBLISH_LOCK = ".publish.lock"
 _ACTIVATE_LOCK = ".activate.lock"
@@ -183,7 +181,7 @@ def publish(
         name: Name in the store; the manifest's own by default. The copy's manifest gets it.
         verify: Check the copy entirely before it gets its name; without it, only that every byte was copied.
         activate: Also make it the active bundle.
-        encoder_loader: See `geosurge.bundle.verify_bundle`.
+        encoder_loader: See `geosurge.bundle.verifying.verify_bundle`.
 
     Returns:
         The name of the bundle in the store.
@@ -196,7 +194,7 @@ def publish(
     name = _check_name(bundle.manifest.name if name is None else name, "a bundle cannot have")
     if not store.exists():
         store.mkdir(parents=True)
-        fsync_directory(store.parent)
+        fsync_path(store.parent)
     _check_store(store)
     with _locked(store / _PUBLISH_LOCK):
         # The lock says that no publisher is at work, so whatever is under way belongs to a dead one.
@@ -216,7 +214,7 @@ def publish(
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-        fsync_directory(store)
+        fsync_path(store)
     if activate:
         _activate(store, name)
     return name
@@ -334,7 +332,7 @@ def _copy(bundle: Bundle, target: Path, name: str) -> None:
                 f"{bundle.path / relative} has another SHA-256 than recorded, so the bundle was not published"
             )
     for folder, _, _ in os.walk(target, topdown=False):
-        fsync_directory(Path(folder))
+        fsync_path(Path(folder))
     data = (bundle.path / MANIFEST_FILE).read_bytes()
     if name != bundle.manifest.name:
         data = render_manifest(bundle.manifest.model_copy(update={"name": name}))[1]
@@ -389,12 +387,10 @@ def _check_store(store: Path) -> None:
 
 
 def _check_name(name: str, subject: str) -> str:
-    if not BUNDLE_NAME.fullmatch(name) or name.upper() in _RESERVED:
-        raise StoreError(
-            f"{subject} the name {name!r}: names have letters, digits, '.', '_' and '-', at most 200, start with a "
-            f"letter or digit, and are not {' or '.join(_RESERVED)}"
-        )
-    return name
+    try:
+        return check_bundle_name(name)
+    except ValueError as error:
+        raise StoreError(f"{subject} the name {name!r}: {error}") from error
 
 
 def _read_history(store: Path) -> list[str]:

@@ -15,7 +15,8 @@ from support import power_cuts
 from support.bundles import make_bundle, tiny_encoder
 
 from geosurge import store as stores
-from geosurge.bundle import finish_bundle, open_bundle, read_manifest, verify_bundle
+from geosurge.bundle import finish_bundle, open_bundle, read_manifest
+from geosurge.bundle.verifying import verify_bundle
 from geosurge.errors import (
     BundleCorruptError,
     BundleInconsistentError,

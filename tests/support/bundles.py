@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from support.backbones import CLASS_COUNT, RESNET, SEGFORMER
 
-from geosurge import geodesy
+from geosurge import geodesy, s2
 from geosurge import store as stores
-from geosurge.bundle import (
+from geosurge.bundle import finish_bundle
+from geosurge.bundle.golden import record_golden_queries
+from geosurge.bundle.manifest import (
     ENCODER_DIRECTORY,
     GOLDEN_DIRECTORY,
     CalibrationInfo,
@@ -27,18 +29,27 @@ from geosurge.bundle import (
     LevelInfo,
     Manifest,
     encode_embedding,
-    finish_bundle,
     installed_library_versions,
-    record_golden_queries,
 )
 from geosurge.cells import CellRows, CellTree, write_cell_tree
 from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder, SegmentationConfig, VisionConfig
 from geosurge.location import Place
 from geosurge.search import HierarchicalIndex
-from geosurge_training.indexing import composite_embeddings, write_level_indexes
+from geosurge_training.building.indexing import composite_embeddings, write_level_indexes
 
 CREATE_TIME = datetime(2025, 3, 1, 12, 0, tzinfo=UTC)
 BEAM_WIDTH = 8
+
+BUNDLE_FILES = [
+    "cells.lmdb/data.mdb",
+    "encoder/config.json",
+    "encoder/model.safetensors",
+    "golden/1.png",
+    "level-1.faiss",
+    "level-2.faiss",
+    "level-3.faiss",
+]
+"""Files of a bundle of three levels with an encoder and one golden image, less the manifest."""
 
 _CITIES = (
     (Place("Nairobi", "Nairobi Area", "Kenya", "KE", 0.0), -1.28333, 36.81667),
@@ -131,7 +142,7 @@ def make_bundle(
         golden_queries = record_golden_queries(tree, index, queries, width=BEAM_WIDTH, k=5)
 
     encoder_info, golden_images = (None, ()) if encoder is None else _add_encoder(directory, encoder, rng)
-    s2_levels = [geodesy.cell_id_to_s2_level(cells) for cells in ids]
+    s2_levels = [s2.cell_id_to_s2_level(cells) for cells in ids]
     manifest = Manifest(
         name=name,
         create_time=create_time,
@@ -182,28 +193,28 @@ def _descendants(rng: np.random.Generator, cell: np.uint64, count: int) -> NDArr
     """``count`` cells inside a cell, in Hilbert order; one cell is the cell itself."""
     cells = np.array([cell])
     while len(cells) < count:
-        cells = geodesy.cell_id_to_children(cells).ravel()
+        cells = s2.cell_id_to_children(cells).ravel()
     return cells[np.sort(rng.choice(len(cells), count, replace=False))]
 
 
 def _rows(
     rng: np.random.Generator, cells: NDArray[np.uint64], parents: NDArray[np.int64], samples: NDArray[np.int64]
 ) -> CellRows:
-    lowest, _ = geodesy.cell_id_range(cells)
+    lowest, _ = s2.cell_id_range(cells)
     steps = (cells - lowest).astype(np.float64)  # Half the width of the range of leaf ids under a cell.
     inside = lowest + np.uint64(2) * (rng.random(len(cells)) * steps).astype(np.uint64)
-    latitude, longitude = geodesy.cell_id_to_center(inside)
-    area = geodesy.cell_id_to_area_km2(cells)
+    latitude, longitude = s2.cell_id_to_center(inside)
+    area = s2.cell_id_to_area_km2(cells)
     return CellRows(
-        tokens=geodesy.cell_id_to_token(cells),
+        tokens=s2.cell_id_to_token(cells),
         parents=parents,
         mean_latitude_deg=latitude,
         mean_longitude_deg=longitude,
         spread_km=np.sqrt(area) / 4,
         area_km2=area,
         sample_counts=samples.astype(np.int64),
-        outlines=list(geodesy.cell_id_to_outline(cells)),
-        s2_levels=geodesy.cell_id_to_s2_level(cells),
+        outlines=list(s2.cell_id_to_outline(cells)),
+        s2_levels=s2.cell_id_to_s2_level(cells),
         places=[_place(latitude[row], longitude[row]) for row in range(len(cells))],
     )
 

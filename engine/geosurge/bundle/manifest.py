@@ -11,17 +11,20 @@ import binascii
 import hashlib
 import importlib.metadata
 import json
+import operator
 import re
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from geosurge.calibration import Calibration
+from geosurge.density import Kernel
 from geosurge.errors import BundleCorruptError, BundleSchemaError
-from geosurge.posterior import Calibration
 
 SCHEMA_VERSION = 1
 """Schema that this engine writes."""
@@ -33,6 +36,13 @@ MANIFEST_FILE = "manifest.json"
 TREE_FILE = "cells.lmdb/data.mdb"
 ENCODER_DIRECTORY = "encoder"
 GOLDEN_DIRECTORY = "golden"
+GALLERY_DIRECTORY = "gallery"
+
+CURRENT_FILE = "CURRENT"
+"""File of a store that names its active bundle."""
+
+HISTORY_FILE = "HISTORY"
+"""File of a store that names the bundles that were active before."""
 
 BUNDLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """What a bundle can be called: file systems have to hold the name with something around it."""
@@ -42,10 +52,16 @@ _UNSEALED = "0" * 64
 _LIBRARIES = ("geosurge", "faiss-cpu", "faiss-gpu", "lmdb", "numpy", "s2sphere", "safetensors", "torch", "transformers")
 
 
-def _check_bundle_name(name: str) -> str:
-    if not BUNDLE_NAME.fullmatch(name):
+def check_bundle_name(name: str) -> str:
+    """Gives a bundle's name back.
+
+    Raises:
+        ValueError: It cannot be one.
+    """
+    if not BUNDLE_NAME.fullmatch(name) or name.upper() in (CURRENT_FILE, HISTORY_FILE):
         raise ValueError(
-            "a bundle's name has letters, digits, '.', '_' and '-', at most 200, and starts with a letter or digit"
+            "a bundle's name has letters, digits, '.', '_' and '-', at most 200, starts with a letter or digit, and is "
+            f"not {CURRENT_FILE} or {HISTORY_FILE}"
         )
     return name
 
@@ -61,7 +77,11 @@ def _to_utc(time: datetime) -> datetime:
     return time.astimezone(UTC)
 
 
-BundleName = Annotated[str, AfterValidator(_check_bundle_name)]
+PointEstimator: TypeAlias = Literal["leaf", "posterior_mean", "kernel_density"]
+"""`kernel_density`: where references like the query gather, see `geosurge.density`; the others as in
+`geosurge.posterior`."""
+
+BundleName = Annotated[str, AfterValidator(check_bundle_name)]
 RelativePath = Annotated[str, AfterValidator(_check_relative_path)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(ge=1)]
@@ -116,6 +136,8 @@ class CalibrationInfo(_Model):
     expected_calibration_error: Annotated[float, Field(ge=0, le=1)]
     sample_count: Positive
     source: str
+    median_error_km: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, exclude_if=operator.not_)
+    """Of each point estimator that the bundle can use, on the same images."""
 
     @model_validator(mode="after")
     def _check_usable(self) -> CalibrationInfo:
@@ -125,6 +147,31 @@ class CalibrationInfo(_Model):
     def to_calibration(self) -> Calibration:
         """The part that inference uses; what it refuses, no manifest may say."""
         return Calibration(self.temperature, self.confidence_levels, self.posterior_masses)
+
+
+class GalleryInfo(_Model):
+    """Reference embeddings with coordinates, leaf by leaf, and how they become a density; see `geosurge.density`."""
+
+    references: Positive
+    file: RelativePath
+    """FAISS IVF index; list p holds the references in leaf p, with ids from 0 on along the lists."""
+    coordinates_file: RelativePath
+    """(references, 2) float32, latitude and longitude in degrees, in the order of the ids; in numpy's npy format."""
+    storage: Literal["fp32", "fp16", "sq8"]
+    neighbours: Annotated[int, Field(ge=1, le=256)]
+    """Nearest references that take part in the density."""
+    power: Annotated[float, Field(gt=0)]
+    share: Annotated[float, Field(gt=0, le=1)]
+    spreads: Annotated[float, Field(gt=0)]
+    snap: bool
+
+    def to_kernel(self) -> Kernel:
+        """The part that inference uses."""
+        return Kernel(self.power, self.share, self.spreads, self.snap)
+
+    def with_kernel(self, kernel: Kernel) -> GalleryInfo:
+        """The same gallery with another kernel."""
+        return self.model_copy(update=asdict(kernel))
 
 
 class GoldenQuery(_Model):
@@ -168,9 +215,10 @@ class Manifest(_Model):
     scoring: Literal["hierarchical_product"] = "hierarchical_product"
     temperatures: tuple[Annotated[float, Field(gt=0)], ...]
     default_beam_width: Positive
-    point_estimator: Literal["leaf", "posterior_mean"]
+    point_estimator: PointEstimator
     encoder: EncoderInfo | None
     calibration: CalibrationInfo | None
+    gallery: GalleryInfo | None = Field(None, exclude_if=operator.not_)
     library_versions: dict[str, str]
     golden_queries: tuple[GoldenQuery, ...] = ()
     golden_images: tuple[GoldenImage, ...] = ()
@@ -183,6 +231,8 @@ class Manifest(_Model):
             raise ValueError("levels must be numbered from 1 without a gap")
         if len(self.temperatures) != len(self.levels):
             raise ValueError(f"{len(self.levels)} levels, but {len(self.temperatures)} temperatures")
+        if self.point_estimator == "kernel_density" and self.gallery is None:
+            raise ValueError("the point_estimator kernel_density needs a gallery")
         if self.golden_images and self.encoder is None:
             raise ValueError("golden_images need an encoder")
         for query in self.golden_queries:
@@ -203,6 +253,8 @@ class Manifest(_Model):
         needed = [level.file for level in self.levels] + [TREE_FILE] + [image.file for image in self.golden_images]
         if self.encoder is not None:
             needed.append(f"{ENCODER_DIRECTORY}/config.json")
+        if self.gallery is not None:
+            needed += [self.gallery.file, self.gallery.coordinates_file]
         return tuple(needed)
 
 
