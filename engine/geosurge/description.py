@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -99,13 +100,24 @@ class ServerInfo:
     default_beam_width: int
 
 
+class VersionState(enum.StrEnum):
+    """Where an index version of a server is in its life; `geosurge.server.versions` has the table."""
+
+    LOADING = "loading"
+    READY = "ready"
+    ACTIVE = "active"
+    DRAINING = "draining"
+    UNLOADED = "unloaded"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True)
 class IndexVersion:
     """One index version, as a server sees it.
 
     Attributes:
         name: Name of the bundle.
-        state: ``loading``, ``ready``, ``active``, ``draining``, ``unloaded`` or ``failed``.
+        state: Its state.
         failure: Why it could not be loaded, or what is wrong with it in the store.
         load_step: What a load is doing; empty without one.
         load_progress: Fraction of a load that is done, 0 to 1.
@@ -113,18 +125,18 @@ class IndexVersion:
         memory_bytes: Estimate of the memory that it takes; 0 when it was never read.
         canary_share: Share of the traffic that it gets as a canary, 0 to 1.
         state_time: When it entered its state, UTC; ``None`` when nobody has asked for it.
-        create_time: When the bundle was built, UTC; ``None`` when its manifest cannot be read.
+        create_time: When the bundle was built, UTC; ``None`` when it was never read.
         encoder_sha256: SHA-256 of its encoder; empty when it has none or was never read.
     """
 
     name: str
-    state: str
-    failure: GeoSurgeError | None
-    load_step: str
-    load_progress: float
-    request_count: int
-    memory_bytes: int
-    canary_share: float
-    state_time: datetime | None
-    create_time: datetime | None
-    encoder_sha256: str
+    state: VersionState
+    failure: GeoSurgeError | None = None
+    load_step: str = ""
+    load_progress: float = 0.0
+    request_count: int = 0
+    memory_bytes: int = 0
+    canary_share: float = 0.0
+    state_time: datetime | None = None
+    create_time: datetime | None = None
+    encoder_sha256: str = ""

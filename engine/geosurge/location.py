@@ -25,7 +25,7 @@ class LocateOptions:
         confidence_level: Posterior mass inside the radius and the credible region, in (0, 1).
         h3_resolution: Resolution, 0 to 15, of the H3 cell to return; ``None`` returns none.
         region_tokens: Cells, of any level, that the answer must lie in; empty is the whole index. The leaves inside are
-            searched exactly. Of S2 cells, one that is smaller than the leaf around it stands for this leaf.
+            searched exactly. Of S2 and H3 cells, one that is smaller than the leaf around it stands for this leaf.
     """
 
     top_k: int = 5
@@ -119,7 +119,8 @@ class Location:
         alternatives: The most likely leaves, best first.
         credible_region: The smallest set of leaves that holds the confidence level.
         index_version: Name of the index bundle that answered.
-        place: Place nearest to the estimate, where the index knows one.
+        place: Place nearest to the mean of the most likely leaf, where the index knows one; the estimate may lie
+            elsewhere.
         h3_cell: H3 cell of the estimate, when a resolution was asked for.
         timings: Where the time went.
     """

@@ -25,9 +25,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from geosurge import geodesy
-from geosurge.bundle import Bundle, check_encoder, check_index, check_listed_files, open_bundle
+from geosurge.bundle import Bundle, open_bundle
+from geosurge.bundle.manifest import Manifest, PointEstimator
+from geosurge.bundle.verifying import check_encoder, check_index, check_listed_files
+from geosurge.calibration import Calibration
 from geosurge.cells import CellTree
+from geosurge.crops import average_predictions
 from geosurge.encoder.model import ImageEncoder
 from geosurge.errors import (
     CellUnknownError,
@@ -37,7 +40,11 @@ from geosurge.errors import (
     OptionOutOfRangeError,
     RegionCellUnknownError,
     RegionEmptyError,
+    UsageError,
 )
+from geosurge.gallery import SEARCHED_LEAVES, Gallery
+from geosurge.geodesy import Float64Array
+from geosurge.hexagons import MAX_H3_RESOLUTION
 from geosurge.images import DEFAULT_LIMITS, ImageLimits, normalise_image, read_image_bytes
 from geosurge.location import (
     MAX_BEAM_WIDTH,
@@ -49,17 +56,15 @@ from geosurge.location import (
     PathCell,
     Timings,
 )
-from geosurge.manifest import Manifest
-from geosurge.posterior import Calibration, LeafShapes, Posteriors, infer, leaf_shapes, path_masses
-from geosurge.preprocessing import Preprocessing
-from geosurge.search import HierarchicalIndex, merge_ranges
+from geosurge.posterior import LeafShapes, PointEstimate, Posteriors, infer, leaf_shapes, path_masses
+from geosurge.preprocessing import CropCount, Preprocessing
+from geosurge.search import HierarchicalIndex, LeafHits, merge_ranges
 from geosurge.store import resolve_bundle
 
 ImageInput: TypeAlias = bytes | Image.Image | str | Path
 """An encoded image, a decoded one, or the path of a file."""
 
 MAX_REGION_TOKENS: Final = 1000
-MAX_H3_RESOLUTION: Final = 15
 
 REACHED_LEAVES: Final = 1024
 """Leaves that a beam search returns at most, as the support of the posterior: never only the few that will be shown."""
@@ -92,7 +97,7 @@ class _SearchPlan:
 class Locator:
     """One index bundle, opened; made by `open`.
 
-    `preprocess`, `validate_options` and `normalise_embedding` may be called from any thread. `encode`,
+    `preprocess`, `validate_options` and `normalise_embedding` may be called from any thread. `encode`, `search`,
     `locate_embeddings` and `locate` belong to one thread at a time.
 
     Attributes:
@@ -102,6 +107,7 @@ class Locator:
         index: Its embedding indexes.
         limits: What is accepted as an image.
         calibration: How its scores become probabilities.
+        gallery: Its references, where they make the point estimate.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class Locator:
         encoder: ImageEncoder | None,
         *,
         calibration: Calibration,
+        gallery: Gallery | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         self.index_version = manifest.name
@@ -120,12 +127,13 @@ class Locator:
         self.index = index
         self.limits = limits
         self.calibration = calibration
+        self.gallery = gallery
         self._encoder = encoder
         leaves = tree.leaves
         self._leaves: LeafShapes = leaf_shapes(
             leaves.latitude_deg, leaves.longitude_deg, leaves.spread_km, leaves.area_km2
         )
-        leaf_cells = geodesy.cell_id_range(tree.cell_ids(tree.level_count)) if tree.has_s2_cells else None
+        leaf_cells = None if tree.grid is None else tree.grid.id_range(tree.cell_ids(tree.level_count))
         find_ranges = functools.partial(_find_leaf_ranges, tree, leaf_cells, manifest.name)
         self._leaf_ranges = functools.lru_cache(maxsize=_CACHED_REGIONS)(find_ranges)
 
@@ -137,6 +145,7 @@ class Locator:
         *,
         limits: ImageLimits = DEFAULT_LIMITS,
         check_hashes: bool = True,
+        point_estimator: PointEstimator | None = None,
     ) -> Locator:
         """Opens a bundle after checking that its parts are whole and belong together.
 
@@ -149,14 +158,18 @@ class Locator:
             limits: What is accepted as an image.
             check_hashes: Also compare every byte with the manifest. LMDB and FAISS load a file with flipped bits
                 without noticing, so leave this out only where something else vouches for the files.
+            point_estimator: How the point is estimated, to compare; by default as the bundle says. The bundle was
+                calibrated with its own: around the points of another, radii are as good as the posterior alone.
 
         Raises:
             BundleError: The bundle is missing, partial, corrupt, of another schema, or its parts do not fit.
             StoreError: The store's pointer is damaged.
             EncoderError: The encoder cannot be loaded.
-            UsageError: The device is unknown or cannot be used.
+            UsageError: The device is unknown or cannot be used, or the bundle has no gallery for the point estimator.
         """
         bundle = open_bundle(resolve_bundle(Path(path)))
+        if point_estimator is not None:
+            bundle = _with_point_estimator(bundle, point_estimator)
         if check_hashes:
             check_listed_files(bundle)
         encoder = None if bundle.encoder_path is None else ImageEncoder.load(bundle.encoder_path, device)
@@ -189,7 +202,12 @@ class Locator:
         with contextlib.ExitStack() as stack:
             tree = stack.enter_context(CellTree.open(bundle.tree_path))
             index = stack.enter_context(HierarchicalIndex.open(bundle.level_paths, device))
-            locator = cls(bundle.manifest, tree, index, encoder, calibration=calibration, limits=limits)
+            gallery = None
+            if bundle.manifest.point_estimator == "kernel_density":
+                gallery = stack.enter_context(contextlib.closing(Gallery.open(bundle)))
+            locator = cls(
+                bundle.manifest, tree, index, encoder, calibration=calibration, gallery=gallery, limits=limits
+            )
             stack.pop_all()
         return locator
 
@@ -197,6 +215,8 @@ class Locator:
         """Gives memory and files back; calling it again does nothing."""
         self.index.close()
         self.tree.close()
+        if self.gallery is not None:
+            self.gallery.close()
         self._encoder = None
 
     def __enter__(self) -> Self:
@@ -290,13 +310,34 @@ class Locator:
         """
         self._plan(options)
 
+    def search(self, embeddings: NDArray[np.float32], options: LocateOptions | None = None) -> LeafHits:
+        """Finds the leaves that the answers to a batch of embeddings are made of.
+
+        Args:
+            embeddings: (n, d) float32 unit rows; or (n, c, d) of c crops of each image, whose predictions are averaged.
+            options: Where and how all are searched; by default `LocateOptions`' own.
+
+        Returns:
+            The support of each posterior: at most `REACHED_LEAVES` leaves of a beam search, or all that may answer of
+            an exact one. With several crops, those that any of them reached.
+
+        Raises:
+            OptionOutOfRangeError: An option is outside its range.
+            RegionCellUnknownError: The region names a cell that the index does not have.
+            RegionEmptyError: The region holds no leaf.
+            EmbeddingInvalidError: The embeddings have another number of components than the index.
+        """
+        crops = embeddings if embeddings.ndim == 3 else embeddings[:, np.newaxis]
+        return self._search_alike(crops, self._plan(options or LocateOptions()))
+
     def locate_embeddings(
         self, embeddings: NDArray[np.float32], options: Sequence[LocateOptions]
     ) -> list[Location | InputError]:
         """Locates a batch of embeddings.
 
         Args:
-            embeddings: (n, d) visual embeddings; rows are scaled to unit length.
+            embeddings: (n, d) visual embeddings; or (n, c, d) of c crops of each image, whose predictions are averaged.
+                Rows are scaled to unit length.
             options: How each row is located, n of them.
 
         Returns:
@@ -311,20 +352,26 @@ class Locator:
         results: dict[int, Location | InputError] = {}
         groups: defaultdict[_SearchPlan, list[int]] = defaultdict(list)
         queries = np.asarray(embeddings)
-        has_dimension = queries.shape[1:] == (self.manifest.dimension,)
-        units, usable = _unit_rows(queries) if has_dimension else (queries, np.zeros(len(queries), dtype=bool))
-        for row, (is_usable, wanted) in enumerate(zip(usable.tolist(), options, strict=True)):
+        if queries.ndim != 3:
+            queries = queries[:, np.newaxis]
+        if queries.shape[2:] == (self.manifest.dimension,):
+            rows_of_crops, are_usable = _unit_rows(queries.reshape(-1, self.manifest.dimension))
+            units, usable = rows_of_crops.reshape(queries.shape), are_usable.reshape(queries.shape[:2])
+        else:
+            units, usable = queries, np.zeros((len(queries), 1), dtype=bool)
+        for row, wanted in enumerate(options):
             try:
                 plan = self._plan(wanted)
-                if not is_usable:
-                    self.normalise_embedding(embeddings[row])
+                if not usable[row].all():
+                    for crop in queries[row]:
+                        self.normalise_embedding(crop)
             except InputError as error:
                 results[row] = error
             else:
                 groups[plan].append(row)
         for plan, members in groups.items():
             scores = self.tree.cell_counts[-1] if plan.width is None else max(plan.width, REACHED_LEAVES)
-            size = max(1, _MAX_SCORES // scores)
+            size = max(1, _MAX_SCORES // (scores * queries.shape[1]))
             for start in range(0, len(members), size):
                 rows = members[start : start + size]
                 located = self._locate_alike(units[rows], plan, [options[row] for row in rows])
@@ -337,6 +384,7 @@ class Locator:
         options: LocateOptions | Sequence[LocateOptions] | None = None,
         *,
         batch_size: int = 32,
+        crops: CropCount = 1,
     ) -> list[Location | InputError]:
         """Locates images.
 
@@ -344,6 +392,8 @@ class Locator:
             images: Encoded images, Pillow images or paths, n of them.
             options: How all are located, or each; by default `LocateOptions`' own.
             batch_size: Images encoded together.
+            crops: Squares of each image whose predictions are averaged; see `Preprocessing.crops`. Whether several help
+                depends on the images, and probabilities and radii were calibrated with one.
 
         Returns:
             For each image its location, or the error that says why it has none. A location's `encode_ms` is the time of
@@ -360,11 +410,11 @@ class Locator:
         results: list[Location | InputError] = []
         for start in range(0, len(images), batch_size):
             end = start + batch_size
-            results += self._locate_batch(images[start:end], options[start:end])
+            results += self._locate_batch(images[start:end], options[start:end], crops)
         return results
 
     def _locate_batch(
-        self, images: Sequence[ImageInput], options: Sequence[LocateOptions]
+        self, images: Sequence[ImageInput], options: Sequence[LocateOptions], crops: CropCount
     ) -> list[Location | InputError]:
         encoder = self.encoder
         results: dict[int, Location | InputError] = {}
@@ -373,25 +423,26 @@ class Locator:
             begun = time.perf_counter()
             try:
                 self.validate_options(wanted)
-                pixels = self._pixels(encoder.preprocessing, image)
+                pixels = self._pixels(encoder.preprocessing, image, crops)
             except InputError as error:
                 results[row] = error
             else:
                 decoded.append((row, pixels, _milliseconds_since(begun)))
         if decoded:
             begun = time.perf_counter()
-            embeddings = encoder.encode(np.stack([pixels for _, pixels, _ in decoded]))
+            embeddings = encoder.encode(np.concatenate([pixels for _, pixels, _ in decoded]))
             encode_ms = _milliseconds_since(begun)
-            located = self.locate_embeddings(embeddings, [options[row] for row, _, _ in decoded])
+            by_image = embeddings.reshape(len(decoded), crops, -1)
+            located = self.locate_embeddings(by_image, [options[row] for row, _, _ in decoded])
             for (row, _, decode_ms), result in zip(decoded, located, strict=True):
                 results[row] = _with_image_timings(result, decode_ms, encode_ms)
         return [results[row] for row in range(len(images))]
 
-    def _pixels(self, preprocessing: Preprocessing, image: ImageInput) -> NDArray[np.uint8]:
+    def _pixels(self, preprocessing: Preprocessing, image: ImageInput, crops: CropCount) -> NDArray[np.uint8]:
         if isinstance(image, Image.Image):
-            return preprocessing.apply(normalise_image(image, self.limits))
+            return preprocessing.crops(normalise_image(image, self.limits), crops)
         data = image if isinstance(image, bytes) else read_image_bytes(image, self.limits)
-        return preprocessing.decode(data, self.limits)
+        return preprocessing.decode_crops(data, crops, self.limits)
 
     def _plan(self, options: LocateOptions) -> _SearchPlan:
         _check_integer("top_k", options.top_k, 1, MAX_TOP_K)
@@ -416,33 +467,47 @@ class Locator:
         # fitted with, it would report certainty that nobody has. Of a beam of one, often one leaf is all.
         return _SearchPlan(max(self.manifest.default_beam_width, options.beam_width or 0), None)
 
+    def _search_alike(self, embeddings: NDArray[np.float32], plan: _SearchPlan) -> LeafHits:
+        """The leaves of (n, c, d) embeddings of c crops of each image."""
+        crops = embeddings.shape[1]
+        queries = embeddings.reshape(-1, embeddings.shape[2])
+        if plan.width is not None:
+            hits = self.index.search(queries, width=plan.width, k=REACHED_LEAVES)
+        else:
+            hits = self.index.exact(queries, k=self.tree.cell_counts[-1], leaf_ranges=plan.leaf_ranges)
+        return hits if crops == 1 else average_predictions(hits, crops, self.calibration.temperature)
+
     def _locate_alike(
         self, embeddings: NDArray[np.float32], plan: _SearchPlan, options: Sequence[LocateOptions]
     ) -> list[Location]:
         begun = time.perf_counter()
-        if plan.width is not None:
-            hits = self.index.search(embeddings, width=plan.width, k=REACHED_LEAVES)
-        else:
-            hits = self.index.exact(embeddings, k=self.tree.cell_counts[-1], leaf_ranges=plan.leaf_ranges)
+        hits = self._search_alike(embeddings, plan)
+        queries = embeddings[:, 0] if embeddings.shape[1] == 1 else _unit_rows(embeddings.mean(axis=1))[0]
         search_ms = _milliseconds_since(begun)
         size = max(1, _POSTERIOR_BLOCK // hits.ordinals.shape[1])
         located: list[Location] = []
         for start in range(0, len(options), size):
             rows = slice(start, start + size)
-            located += self._answer(hits.ordinals[rows], hits.scores[rows], options[rows], search_ms)
+            located += self._answer(queries[rows], hits.ordinals[rows], hits.scores[rows], options[rows], search_ms)
         return located
 
     def _answer(
         self,
+        embeddings: NDArray[np.float32],
         ordinals: NDArray[np.int64],
         scores: NDArray[np.float32],
         options: Sequence[LocateOptions],
         search_ms: float,
     ) -> list[Location]:
         begun = time.perf_counter()
-        temperature, point = self.calibration.temperature, self.manifest.point_estimator
         shown = [wanted.top_k for wanted in options]
-        posteriors = infer(ordinals, scores, self._leaves, temperature, point, shown=max(shown))
+        point: PointEstimate = "posterior_mean" if self.manifest.point_estimator == "posterior_mean" else "leaf"
+        # As many as the gallery searches, so that a point depends neither on the other queries nor on what is shown.
+        kept = max(shown) if self.gallery is None else max(*shown, SEARCHED_LEAVES)
+        posteriors = infer(ordinals, scores, self._leaves, self.calibration.temperature, point, shown=kept)
+        if self.gallery is not None:
+            points = self.gallery.points(embeddings, posteriors, self._leaves)
+            posteriors = posteriors.around(points, self._leaves)
         confidence = np.array([wanted.confidence_level for wanted in options])
         parts = list(
             zip(
@@ -497,7 +562,7 @@ class Locator:
         )
         return [tuple(itertools.islice(alternatives, count)) for count in counts.tolist()]
 
-    def _credible_regions(self, posteriors: Posteriors, confidence: NDArray[np.float64]) -> list[CredibleRegion]:
+    def _credible_regions(self, posteriors: Posteriors, confidence: Float64Array) -> list[CredibleRegion]:
         # The recalibration was fitted to circles around the estimate, so it has nothing to say about sets of leaves.
         chosen = posteriors.credible_leaves(confidence)
         is_chosen = np.arange(chosen.positions.shape[1]) < chosen.counts[:, np.newaxis]
@@ -510,6 +575,24 @@ class Locator:
                 chosen.counts.tolist(), chosen.area_km2.tolist(), chosen.masses.tolist(), strict=True
             )
         ]
+
+
+def _with_point_estimator(bundle: Bundle, point_estimator: PointEstimator) -> Bundle:
+    manifest = bundle.manifest
+    if point_estimator == "kernel_density" and manifest.gallery is None:
+        raise UsageError(
+            f"index version {manifest.name!r} has no gallery, which kernel_density needs; use leaf or posterior_mean"
+        )
+    if point_estimator == manifest.point_estimator:
+        return bundle
+    # The map of masses tells how often the bundle's own circles hold the truth, which says nothing of other ones.
+    calibration = manifest.calibration and manifest.calibration.model_copy(
+        update={"confidence_levels": (), "posterior_masses": ()}
+    )
+    return replace(
+        bundle,
+        manifest=manifest.model_copy(update={"point_estimator": point_estimator, "calibration": calibration}),
+    )
 
 
 def _h3_cell(latitude_deg: float, longitude_deg: float, resolution: int | None) -> str | None:
@@ -545,22 +628,22 @@ def _find_leaf_ranges(
 
     Args:
         tree: The cells.
-        leaf_cells: Where these are S2 cells, the first and last S2 cell of level 30 inside each leaf: a region may then
-            name any S2 cell, and one that is smaller than the leaf around it stands for this leaf.
+        leaf_cells: Where these are cells of a grid, the first and last id of the finest resolution inside each leaf: a
+            region may then name any cell of the grid, and one that is smaller than the leaf around it stands for it.
         index_version: To name in errors.
         tokens: The cells of the region.
     """
-    if leaf_cells is None:
+    if tree.grid is None or leaf_cells is None:
         found = [_leaf_range(tree, token, index_version) for token in tokens]
     else:
         try:
-            smallest, largest = geodesy.cell_id_range(geodesy.token_to_cell_id(tokens))
+            smallest, largest = tree.grid.id_range(tree.grid.token_to_id(tokens))
         except ValueError as error:
             raise RegionCellUnknownError(
                 f"the region names a cell that index version {index_version!r} does not have: {error}; tokens of its "
                 "cells come with every answer's path"
             ) from error
-        # Leaves stand in the order of the Hilbert curve, along which everything inside a cell is one range of ids.
+        # Leaves stand in the order of the grid, along which everything inside a cell is one range of ids.
         starts = np.searchsorted(leaf_cells[1], smallest, side="left").tolist()
         found = list(zip(starts, np.searchsorted(leaf_cells[0], largest, side="right").tolist(), strict=True))
     merged = merge_ranges(found, tree.cell_counts[-1])

@@ -13,6 +13,9 @@ from geosurge.location import Location
 
 TRUTH_COLUMNS: Final = ("path", "latitude_deg", "longitude_deg")
 
+THRESHOLDS_KM: Final = (1, 25, 200, 750, 2500)
+"""Street, city, region, country, continent: the distances that accuracies are published for."""
+
 
 def read_truth(path: Path) -> dict[Path, Coordinate]:
     """Reads a CSV file with the columns of `TRUTH_COLUMNS`; others are ignored.

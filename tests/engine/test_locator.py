@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from support.bundles import geographic_embeddings, make_bundle, make_levels
 
-from geosurge import geodesy
+from geosurge import s2
 from geosurge.bundle import finish_bundle, read_manifest
+from geosurge.bundle.manifest import Manifest, decode_embedding, render_manifest
 from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder, SegmentationConfig, VisionConfig
 from geosurge.errors import (
     BundleCorruptError,
@@ -41,7 +42,7 @@ from geosurge.geodesy import great_circle_km
 from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions, Location, Timings
 from geosurge.locator import MAX_BEAM_WIDTH, MAX_REGION_TOKENS, MAX_TOP_K, REACHED_LEAVES, Locator
-from geosurge.manifest import Manifest, decode_embedding, render_manifest
+from geosurge.posterior import leaf_posterior
 from geosurge.search import LeafHits
 from geosurge.store import activate, publish
 
@@ -221,6 +222,39 @@ def test_large_batches_are_cut_for_the_beam_and_for_the_scan(locator: Locator, m
     assert sizes == {"search": [10, 4, 4, 2], "exact": [10, 4, 4, 2]}
 
 
+def test_the_search_finds_the_leaves_that_answers_are_made_of(locator: Locator) -> None:
+    embeddings = queries(6)
+    region = locator.tree.tokens(1, [2])
+    for options in (LocateOptions(), LocateOptions(exact=True), LocateOptions(region_tokens=tuple(region))):
+        hits = locator.search(embeddings, options)
+        posterior = leaf_posterior(hits.scores, locator.calibration.temperature)
+        for row, answer in enumerate(locations(locator.locate_embeddings(embeddings, [options] * 6))):
+            shown = [alternative.token for alternative in answer.alternatives]
+            assert shown == locator.tree.tokens(locator.tree.level_count, hits.ordinals[row, : len(shown)])
+            assert answer.probability == pytest.approx(posterior[row, 0])
+
+
+def test_the_search_of_crops_averages_their_probabilities(locator: Locator) -> None:
+    crops = queries(8).reshape(4, 2, -1)
+    exact = LocateOptions(exact=True)
+    together = locator.search(crops, exact)
+    first, second = (locator.search(crops[:, crop].copy(), exact) for crop in (0, 1))
+    temperature = locator.calibration.temperature
+    for row in range(4):
+        expected = np.zeros(locator.tree.cell_counts[-1])
+        for hits in (first, second):
+            expected[hits.ordinals[row]] += leaf_posterior(hits.scores, temperature)[row] / 2
+        found = leaf_posterior(together.scores, temperature)[row]
+        np.testing.assert_allclose(found, expected[together.ordinals[row]], atol=1e-6)
+
+
+def test_the_search_refuses_what_no_query_may_ask(locator: Locator) -> None:
+    with pytest.raises(OptionOutOfRangeError, match="top_k"):
+        locator.search(queries(1), LocateOptions(top_k=0))
+    with pytest.raises(EmbeddingInvalidError, match="components"):
+        locator.search(np.ones((1, 3), np.float32))
+
+
 def test_golden_queries_get_their_recorded_leaves(locator: Locator) -> None:
     assert locator.manifest.golden_queries
     for golden in locator.manifest.golden_queries:
@@ -342,10 +376,10 @@ def test_a_region_of_everything_is_no_region(locator: Locator) -> None:
 
 def test_a_region_may_name_s2_cells_above_those_of_the_index(locator: Locator) -> None:
     embedding = queries(1)[0]
-    ids = geodesy.token_to_cell_id(locator.tree.tokens(LEVELS, np.arange(LEVEL_COUNTS[-1])))
-    face = geodesy.cell_id_to_parent(ids[:1], 0)
-    token = geodesy.cell_id_to_token(face)[0]
-    inside = geodesy.cell_id_to_parent(ids, 0) == face[0]
+    ids = s2.token_to_cell_id(locator.tree.tokens(LEVELS, np.arange(LEVEL_COUNTS[-1])))
+    face = s2.cell_id_to_parent(ids[:1], 0)
+    token = s2.cell_id_to_token(face)[0]
+    inside = s2.cell_id_to_parent(ids, 0) == face[0]
     location = locate_one(locator, embedding, region_tokens=(token,), top_k=100)
     expected = set(np.array(locator.tree.tokens(LEVELS, np.arange(LEVEL_COUNTS[-1])))[inside])
     assert {alternative.token for alternative in location.alternatives} == expected
@@ -353,15 +387,10 @@ def test_a_region_may_name_s2_cells_above_those_of_the_index(locator: Locator) -
 
 
 def test_a_region_without_leaves_is_refused_with_its_own_reason(locator: Locator) -> None:
-    covered = {
-        int(cell)
-        for cell in geodesy.cell_id_to_parent(geodesy.token_to_cell_id(locator.tree.tokens(1, [0, 1, 2, 3])), 2)
-    }
-    all_cells = geodesy.latlng_to_cell_id(
-        *np.meshgrid(np.linspace(-89, 89, 60), np.linspace(-179, 179, 120)), s2_level=2
-    )
+    covered = {int(cell) for cell in s2.cell_id_to_parent(s2.token_to_cell_id(locator.tree.tokens(1, [0, 1, 2, 3])), 2)}
+    all_cells = s2.latlng_to_cell_id(*np.meshgrid(np.linspace(-89, 89, 60), np.linspace(-179, 179, 120)), s2_level=2)
     elsewhere = next(cell for cell in np.unique(all_cells) if int(cell) not in covered)
-    token = geodesy.cell_id_to_token([elsewhere])[0]
+    token = s2.cell_id_to_token([elsewhere])[0]
     with pytest.raises(RegionEmptyError, match=token):
         locator.validate_options(LocateOptions(region_tokens=(token,)))
     kept = locator.tree.tokens(1, [2])[0]
@@ -369,9 +398,9 @@ def test_a_region_without_leaves_is_refused_with_its_own_reason(locator: Locator
 
 
 def test_a_cell_smaller_than_a_leaf_stands_for_the_leaf_around_it(locator: Locator) -> None:
-    leaf = geodesy.token_to_cell_id(locator.tree.tokens(LEVELS, [3]))
-    smaller = geodesy.cell_id_to_token(geodesy.cell_id_to_children(leaf)[0])
-    lowest, highest = geodesy.cell_id_to_token(np.concatenate(geodesy.cell_id_range(leaf)))
+    leaf = s2.token_to_cell_id(locator.tree.tokens(LEVELS, [3]))
+    smaller = s2.cell_id_to_token(s2.cell_id_to_children(leaf)[0])
+    lowest, highest = s2.cell_id_to_token(np.concatenate(s2.cell_id_range(leaf)))
     own, other = locator.tree.tokens(LEVELS, [3, 20])
     embedding = queries(1)[0]
     for token in (*smaller, lowest, highest):
@@ -390,7 +419,7 @@ def test_a_region_is_resolved_once(locator: Locator, monkeypatch: pytest.MonkeyP
         raise AssertionError(f"{tokens} are looked up again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(geodesy, "token_to_cell_id", refuse)
+        patch.setattr(s2, "token_to_cell_id", refuse)
         patch.setattr(locator.tree, "find", refuse)
         assert isinstance(locator.locate_embeddings(embedding[None], [options])[0], Location)
 
