@@ -50,7 +50,7 @@ from geosurge.errors import (
 )
 
 IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
-"""Formats that can be decoded, by Pillow's names."""
+"""Formats that can be decoded, by Pillow's names; plug-ins for others, such as HEIC, are not used."""
 
 BACKGROUND_RGB: Final = (255, 255, 255)
 """Colour behind transparent pixels: white, the page that most pictures with transparency were made for."""
@@ -273,7 +273,8 @@ def _accepted_format(data: bytes, limits: ImageLimits) -> str:
             f"the {len(data)} bytes are not an image: no known signature; send one of {accepted}"
         )
     if name not in limits.formats:
-        raise ImageFormatUnsupportedError(f"{name} is not accepted; convert the image to one of {accepted}")
+        plug_ins = "" if name in IMAGE_FORMATS else ", whatever plug-ins are installed"
+        raise ImageFormatUnsupportedError(f"{name} is not accepted{plug_ins}; convert the image to one of {accepted}")
     return name
 
 

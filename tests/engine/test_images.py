@@ -148,6 +148,11 @@ def test_each_kind_of_bad_input_has_its_own_error(data: bytes, error: type[Image
     assert type(caught.value) is error
 
 
+def test_heic_says_that_no_plug_in_helps_and_what_does() -> None:
+    with pytest.raises(ImageFormatUnsupportedError, match=r"^HEIC .*whatever plug-ins .*; convert the image to .*JPEG"):
+        decode_image(b"\x00\x00\x00\x18ftypheic" + bytes(64))
+
+
 def test_a_png_that_ends_after_its_header_is_refused_by_its_size() -> None:
     header = struct.pack(">I4sIIBBBBB", 13, b"IHDR", 20_000, 20_000, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", zlib.crc32(header[4:]))

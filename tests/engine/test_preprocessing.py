@@ -116,3 +116,44 @@ def test_other_formats_and_small_pictures_are_decoded_in_full(size: tuple[int, i
 def test_another_size_or_way_has_another_name() -> None:
     ways = [Preprocessing(32), Preprocessing(48), Preprocessing(32, jpeg_draft=False)]
     assert len({way.id for way in ways}) == len(ways)
+
+
+def test_one_crop_is_the_canonical_square() -> None:
+    for size in ((90, 60), (SIDE, SIDE)):
+        assert np.array_equal(CANONICAL.crops(random_image(*size), 1), CANONICAL.apply(random_image(*size))[None])
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 96), (64, 64), (SIDE, SIDE)])
+def test_five_crops_are_the_corners_and_the_centre(size: tuple[int, int]) -> None:
+    image, (width, height) = random_image(*size), size
+    side = min(size) * 7 // 8
+    crops = CANONICAL.crops(image, 5)
+    starts = [(0, 0), (width - side, 0), (0, height - side), (width - side, height - side)]
+    for crop, (left, top) in zip(crops, [*starts, ((width - side) // 2, (height - side) // 2)], strict=True):
+        cut = image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        # What lies around a crop takes part in it at its edges.
+        inner = np.s_[:, 4:-4, 4:-4]
+        assert np.abs(crop[inner].astype(int) - np.asarray(cut).transpose(2, 0, 1)[inner]).max() <= 2
+
+
+def test_ten_crops_are_five_and_their_mirror_images() -> None:
+    image = random_image(90, 60)
+    ten = CANONICAL.crops(image, 10)
+    assert np.array_equal(ten[:5], CANONICAL.crops(image, 5))
+    for crop, mirrored in zip(ten[:5], ten[5:], strict=True):
+        assert np.array_equal(mirrored, np.flip(crop, axis=2))
+
+
+def test_crops_are_decoded_as_one_is() -> None:
+    data = io.BytesIO()
+    random_image(300, 260).save(data, "JPEG")
+    assert np.array_equal(CANONICAL.decode_crops(data.getvalue(), 1), CANONICAL.decode(data.getvalue())[None])
+    assert CANONICAL.decode_crops(data.getvalue(), 10).shape == (10, 3, SIDE, SIDE)
+
+
+def test_crops_are_drafted_at_twice_their_own_size_and_not_that_of_the_whole() -> None:
+    # At half of its size the whole is twice as long as the square, and a crop of seven eighths is not.
+    data = jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (4 * SIDE, 4 * SIDE, 3), np.uint8)))
+    fully = Preprocessing(SIDE, jpeg_draft=False)
+    assert not np.array_equal(CANONICAL.decode(data), fully.decode(data))
+    assert np.array_equal(CANONICAL.decode_crops(data, 5), fully.decode_crops(data, 5))

@@ -135,6 +135,30 @@ def load_pretrained(
     return Pretrained(backbone.eval(), _settings(backbone.config), mean, std)
 
 
+def read_settings(source: str, revision: str | None) -> dict[str, Any] | None:
+    """Reads what a pretrained backbone is, without its weights and without a network.
+
+    Args:
+        source: Local directory, or hub id.
+        revision: Commit of the hub repository.
+
+    Returns:
+        Fields that `backbone_config` builds its configuration from; None where a hub id has no `config.json` in the
+        hub's local cache.
+
+    Raises:
+        EncoderError: A directory has no `config.json`, or it is damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        if not Path(source).is_dir():
+            return None
+        reason = str(error).rstrip(".")
+        raise EncoderError(f"backbone {source!r} cannot be read: {reason}. {_remedy(source, revision)}") from error
+    return _settings(config)
+
+
 def normalise_pixels(pixels: Tensor, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Brings canonical pixels to a tower's size and colour statistics.
 

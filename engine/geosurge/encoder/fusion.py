@@ -9,7 +9,12 @@ Where the paper does not say, OURS:
 - the query sequence has a class token of its own, learned;
 - keys and values are the RGB tokens *and the query sequence itself*, as in a Perceiver resampler. With RGB tokens alone
   nothing would ever flow from one query to another, so the class token could not see the semantic map;
-- both sequences get learned position embeddings, so that layout matters and not only content.
+- both sequences get learned position embeddings, so that layout matters and not only content;
+- without any block (the paper's ablation "no fusion") `v` comes straight from the vision tower: its class token where
+  it has one, else the mean of its tokens, through the same LayerNorm, projection and scaling, without a semantic map;
+- with `vision_skip`, that embedding and the fused one are added before they are scaled. The class token begins as the
+  same vector for every image, and all that the image says of itself has to pass the narrow attention; the skip lets
+  the fusion begin where the vision tower alone would be.
 """
 
 from __future__ import annotations
@@ -32,9 +37,10 @@ class FusionConfig:
         width: Width of the fused tokens.
         latent_width: Width in which attention is done.
         heads: Attention heads; they share `latent_width`.
-        blocks: Number of cross-attention blocks, at least one: without any the class token would never see the image.
+        blocks: Number of cross-attention blocks; 0 is no fusion, and then the other sizes but `dimension` mean nothing.
         mlp_ratio: Hidden width of each MLP, in units of `width`.
         dropout: Dropout on attention and MLP outputs while training.
+        vision_skip: Add the vision tower's own embedding to the fused one; nothing to add to without blocks.
     """
 
     dimension: int = 768
@@ -44,6 +50,7 @@ class FusionConfig:
     blocks: int = 3
     mlp_ratio: float = 4.0
     dropout: float = 0.0
+    vision_skip: bool = False
 
     def __post_init__(self) -> None:
         """Checks the sizes.
@@ -51,9 +58,9 @@ class FusionConfig:
         Raises:
             EncoderError: A size is not usable.
         """
-        for name in ("dimension", "width", "latent_width", "heads", "blocks"):
-            if getattr(self, name) < 1:
-                raise EncoderError(f"fusion: {name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("dimension", 1), ("width", 1), ("latent_width", 1), ("heads", 1), ("blocks", 0)):
+            if getattr(self, name) < least:
+                raise EncoderError(f"fusion: {name} is {getattr(self, name)}; it must be at least {least}")
         if self.latent_width % self.heads:
             raise EncoderError(f"fusion: latent_width {self.latent_width} is not divisible by {self.heads} heads")
         if int(self.width * self.mlp_ratio) < 1:
@@ -144,6 +151,42 @@ class FusionBlock(nn.Module):
         return normalised, torch.cat([self.context_norm(rgb), normalised], dim=1)
 
 
+class VisionHead(nn.Module):
+    """The vision tower's tokens alone, made an embedding: what stands in the fusion module's place without fusion."""
+
+    def __init__(self, config: FusionConfig, vision_width: int, token_count: int, cells: int) -> None:
+        """Builds the module.
+
+        Args:
+            config: Sizes; only `dimension` counts.
+            vision_width: Width of the vision tower's tokens.
+            token_count: Number of the vision tower's tokens.
+            cells: Those of them that are the patch grid; any before them are class tokens.
+        """
+        super().__init__()
+        self.config = config
+        self.has_class_token = token_count > cells
+        self.norm = nn.LayerNorm(vision_width)
+        self.projection = nn.Linear(vision_width, config.dimension)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """Embeds.
+
+        Args:
+            rgb: (n, token_count, vision_width) tokens of the vision tower.
+
+        Returns:
+            (n, dimension) float32, unit rows: the visual embedding `v`.
+        """
+        return F.normalize(self.unscaled(rgb).float(), dim=-1)
+
+    def unscaled(self, rgb: Tensor) -> Tensor:
+        """The embedding before it is scaled to unit length; (n, dimension)."""
+        pooled = rgb[:, 0] if self.has_class_token else rgb.mean(dim=1)
+        projected: Tensor = self.projection(self.norm(pooled))
+        return projected
+
+
 class Fusion(nn.Module):
     """Joins RGB tokens and class fractions into one unit vector."""
 
@@ -151,7 +194,7 @@ class Fusion(nn.Module):
         """Builds the module.
 
         Args:
-            config: Sizes.
+            config: Sizes, with at least one block.
             vision_width: Width of the vision tower's tokens.
             token_count: Number of the vision tower's tokens.
             class_count: Number of semantic classes.
@@ -167,6 +210,7 @@ class Fusion(nn.Module):
         self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, config.dimension)
+        self.skip = VisionHead(config, vision_width, token_count, cells) if config.vision_skip else None
 
     def forward(self, rgb: Tensor, fractions: Tensor) -> Tensor:
         """Fuses.
@@ -182,7 +226,10 @@ class Fusion(nn.Module):
         for number, block in enumerate(self.blocks, start=1):
             # Of the last block's output only the class token is read.
             queries = block(queries, context, first=1 if number == len(self.blocks) else None)
-        return F.normalize(self.projection(self.norm(queries[:, 0])).float(), dim=-1)
+        embedding = self.projection(self.norm(queries[:, 0]))
+        if self.skip is not None:
+            embedding = embedding + self.skip.unscaled(rgb)
+        return F.normalize(embedding.float(), dim=-1)
 
     @torch.no_grad()
     def attention_weights(self, rgb: Tensor, fractions: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from geosurge.encoder.fusion import Fusion, FusionConfig
+from geosurge.devices import check_torch_device
+from geosurge.encoder.fusion import Fusion, FusionConfig, VisionHead
 from geosurge.encoder.graph import as_graph
 from geosurge.encoder.segmentation import SegmentationConfig, Segmenter
 from geosurge.encoder.vision import VisionConfig, VisionTower
@@ -95,7 +96,22 @@ class EncoderConfig:
         """The configuration as JSON text; equal configurations give equal text, stored in between or not."""
         # Keys that are numbers (class labels) sort otherwise before they were JSON than after.
         fields = json.loads(json.dumps(asdict(self)))
+        # Encoders that were stored before the field existed keep their fingerprint, and so open.
+        if not fields["fusion"]["vision_skip"]:
+            del fields["fusion"]["vision_skip"]
         return json.dumps(fields, indent=2, sort_keys=True)
+
+
+class TowerOutputs(NamedTuple):
+    """What the two towers see in images: all that the fusion module needs of them.
+
+    Attributes:
+        tokens: (n, t, c) tokens of the vision tower.
+        fractions: (n, rows * columns, classes) class fractions of the patches; None without fusion.
+    """
+
+    tokens: Tensor
+    fractions: Tensor | None
 
 
 class ImageEncoder(nn.Module):
@@ -108,8 +124,10 @@ class ImageEncoder(nn.Module):
         config: The configuration.
         vision: The vision tower.
         segmenter: The segmenter.
-        fusion: The fusion module.
+        fusion: The fusion module; without fusion, what stands in its place.
     """
+
+    fusion: Fusion | VisionHead
 
     def __init__(
         self, config: EncoderConfig, vision: VisionTower | None = None, segmenter: Segmenter | None = None
@@ -129,13 +147,16 @@ class ImageEncoder(nn.Module):
         self.vision = VisionTower(config.vision) if vision is None else vision
         self.segmenter = Segmenter(config.segmentation) if segmenter is None else segmenter
         rows, columns = self.vision.grid
-        self.fusion = Fusion(
-            config.fusion,
-            vision_width=self.vision.width,
-            token_count=self.vision.token_count,
-            class_count=config.segmentation.class_count,
-            cells=rows * columns,
-        )
+        if config.fusion.blocks == 0:
+            self.fusion = VisionHead(config.fusion, self.vision.width, self.vision.token_count, rows * columns)
+        else:
+            self.fusion = Fusion(
+                config.fusion,
+                vision_width=self.vision.width,
+                token_count=self.vision.token_count,
+                class_count=config.segmentation.class_count,
+                cells=rows * columns,
+            )
         self._graph: Callable[[Tensor], Tensor] | None = None
         self.eval()
 
@@ -156,7 +177,7 @@ class ImageEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.fusion.class_token.device
+        return self.fusion.projection.weight.device
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -182,8 +203,30 @@ class ImageEncoder(nn.Module):
         Returns:
             (n, dimension) float32, unit rows.
         """
+        return self.fuse(self.towers(pixels))
+
+    def towers(self, pixels: Tensor) -> TowerOutputs:
+        """Runs the vision tower and, where there is fusion, the segmenter.
+
+        Args:
+            pixels: (n, 3, s, s) uint8.
+
+        Returns:
+            What they see; a frozen tower's output carries no gradient.
+        """
         seen = self.vision(pixels)
-        embeddings: Tensor = self.fusion(seen.tokens, self.segmenter(pixels, seen.grid))
+        return TowerOutputs(seen.tokens, None if self.config.fusion.blocks == 0 else self.segmenter(pixels, seen.grid))
+
+    def fuse(self, seen: TowerOutputs) -> Tensor:
+        """Embeds what the towers saw.
+
+        Args:
+            seen: Their outputs.
+
+        Returns:
+            (n, dimension) float32, unit rows.
+        """
+        embeddings: Tensor = self.fusion(seen.tokens) if seen.fractions is None else self.fusion(*seen)
         return embeddings
 
     @torch.inference_mode()
@@ -215,16 +258,18 @@ class ImageEncoder(nn.Module):
             pixels: As for `encode`, at least one image.
 
         Returns:
-            For each block (n, heads, 1 + cells, tokens + 1 + cells); see `Fusion.attention_weights` for the axes.
+            For each block (n, heads, 1 + cells, tokens + 1 + cells); see `Fusion.attention_weights` for the axes. None
+            at all without fusion.
 
         Raises:
             ValueError: As for `encode`.
             RuntimeError: As for `encode`.
         """
         batch = self._batch(pixels)
-        seen = self.vision(batch)
-        weights = self.fusion.attention_weights(seen.tokens, self.segmenter(batch, seen.grid))
-        return [block.cpu().numpy() for block in weights]
+        seen = self.towers(batch)
+        if not isinstance(self.fusion, Fusion) or seen.fractions is None:
+            return []
+        return [block.cpu().numpy() for block in self.fusion.attention_weights(seen.tokens, seen.fractions)]
 
     def _batch(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         expected = (3, self.image_size, self.image_size)
@@ -297,7 +342,9 @@ class ImageEncoder(nn.Module):
 
         Raises:
             EncoderError: A file is missing or damaged, or weights and configuration do not fit.
+            UsageError: The device is unknown, or there is no such GPU.
         """
+        check_torch_device(device)
         try:
             fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
             weights = load_file(directory / WEIGHTS_FILE)

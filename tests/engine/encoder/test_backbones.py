@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.backbones import CLIP, ONEFORMER, RESNET, SWIN, Settings
 from transformers import AutoModel, PreTrainedModel
 
-from geosurge.encoder.backbones import backbone_config, load_pretrained, normalise_pixels, unknown_fields
+from geosurge.encoder.backbones import backbone_config, load_pretrained, normalise_pixels, read_settings, unknown_fields
 from geosurge.errors import EncoderError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -137,6 +137,16 @@ def test_a_hub_id_that_is_not_at_hand_offline_says_how_to_get_it() -> None:
     message = str(caught.value)
     assert "'openai/clip-vit-base-patch32' cannot be loaded" in message
     assert f"hf download openai/clip-vit-base-patch32 --revision {REVISION} --local-dir DIR" in message
+
+
+def test_a_configuration_is_read_without_weights(saved_clip: Path) -> None:
+    whole = load_pretrained(lambda _: AutoModel, str(saved_clip), None)
+    (saved_clip / "model.safetensors").unlink()
+    assert read_settings(str(saved_clip), None) == whole.settings
+
+
+def test_a_hub_id_that_is_not_at_hand_has_no_settings() -> None:
+    assert read_settings("geosurge/no-such-model", "0" * 40) is None
 
 
 def test_an_empty_directory_says_what_it_must_hold(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from geosurge.encoder.fusion import Fusion, FusionBlock, FusionConfig, LatentCrossAttention
+from geosurge.encoder.fusion import Fusion, FusionBlock, FusionConfig, LatentCrossAttention, VisionHead
 from geosurge.errors import EncoderError
 
 Array = NDArray[np.float64]
@@ -86,12 +86,15 @@ def textbook(module: Fusion, rgb: Array, fractions: Array) -> tuple[Array, list[
         hidden = gelu(linear(layer_norm(queries, block.mlp_norm), block.mlp[0]))
         queries = queries + linear(hidden, block.mlp[2])
     v = linear(layer_norm(queries[0], module.norm), module.projection)
+    if module.skip is not None:
+        v = v + linear(layer_norm(rgb.mean(axis=0), module.skip.norm), module.skip.projection)
     return v / np.linalg.norm(v), every_weight
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_fusion_is_the_textbook_formula(blocks: int) -> None:
-    module = fusion(replace(CONFIG, blocks=blocks))
+@pytest.mark.parametrize(("blocks", "vision_skip"), [(1, False), (2, False), (3, False), (3, True)])
+def test_fusion_is_the_textbook_formula(blocks: int, vision_skip: bool) -> None:
+    module = fusion(replace(CONFIG, blocks=blocks, vision_skip=vision_skip))
+    assert (module.skip is not None) == vision_skip
     rgb, fractions = inputs(3)
     result = module(rgb, fractions)
     weights = module.attention_weights(rgb, fractions)
@@ -191,12 +194,25 @@ def test_a_block_updates_the_first_queries_as_it_updates_all() -> None:
     torch.testing.assert_close(block(queries, rgb, first=2), block(queries, rgb)[:, :2])
 
 
+@pytest.mark.parametrize(("cells", "class_token"), [(TOKENS, False), (TOKENS - 1, True)])
+def test_without_fusion_the_class_token_or_the_mean_of_all_tokens_is_embedded(cells: int, class_token: bool) -> None:
+    torch.manual_seed(0)
+    head = VisionHead(replace(CONFIG, blocks=0), VISION_WIDTH, TOKENS, cells)
+    for parameter in head.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    rgb, _ = inputs(3)
+    for row, embedding in enumerate(head(rgb)):
+        tokens = array(rgb[row])
+        v = linear(layer_norm(tokens[0] if class_token else tokens.mean(axis=0), head.norm), head.projection)
+        np.testing.assert_allclose(array(embedding), v / np.linalg.norm(v), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         ({"latent_width": 10, "heads": 4}, "latent_width 10 is not divisible by 4 heads"),
         ({"heads": 0}, "heads is 0"),
-        ({"blocks": 0}, "blocks is 0"),
+        ({"blocks": -1}, "blocks is -1; it must be at least 0"),
         ({"dimension": -1}, "dimension is -1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio 0.0"),
         ({"dropout": 1.0}, r"dropout is 1\.0"),

@@ -77,6 +77,28 @@ def test_embeddings_are_unit_rows_whatever_the_batch(encoder: ImageEncoder) -> N
     assert encoder.encode(pixels[:0]).dtype == np.float32
 
 
+@pytest.mark.parametrize("vision", [RESNET, CLIP], ids=["resnet", "clip"])
+def test_an_encoder_without_fusion_never_runs_its_segmenter_and_survives_saving(
+    vision: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_encoder(replace(make_config(vision), fusion=replace(FUSION, blocks=0)))
+    monkeypatch.setattr(plain.segmenter, "forward", None)
+    embeddings = plain.encode(random_pixels(3))
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1.0, atol=1e-6)
+    assert plain.attention_weights(random_pixels(1)) == []
+    plain.save(tmp_path)
+    loaded = ImageEncoder.load(tmp_path)
+    assert loaded.fingerprint == plain.fingerprint
+    np.testing.assert_allclose(loaded.encode(random_pixels(3)), embeddings, atol=1e-5)
+
+
+def test_towers_and_fusion_are_the_whole_encoder(encoder: ImageEncoder) -> None:
+    pixels = torch.from_numpy(random_pixels(3))
+    seen = encoder.towers(pixels)
+    assert not seen.tokens.requires_grad
+    assert torch.equal(encoder.fuse(seen), encoder(pixels))
+
+
 def test_encoding_leaves_the_encoder_as_it_was(encoder: ImageEncoder) -> None:
     before = encoder.fingerprint
     encoder.encode(random_pixels(4))
@@ -174,6 +196,20 @@ def test_a_fingerprint_does_not_depend_on_how_label_numbers_are_written() -> Non
     as_numbers = make_config(segmentation={**SEGFORMER, "id2label": labels})
     as_text = make_config(segmentation={**SEGFORMER, "id2label": {str(key): name for key, name in labels.items()}})
     assert make_encoder(as_numbers).fingerprint == make_encoder(as_text).fingerprint
+
+
+def test_an_encoder_stored_before_the_skip_existed_keeps_its_fingerprint(tmp_path: Path) -> None:
+    original = make_encoder()
+    original.save(tmp_path)
+    config = tmp_path / "config.json"
+    stored = json.loads(config.read_text())
+    assert set(stored["fusion"]) == {
+        "blocks", "dimension", "dropout", "heads", "latent_width", "mlp_ratio", "width"
+    }  # fmt: skip
+    assert ImageEncoder.load(tmp_path).fingerprint == original.fingerprint
+    stored["fusion"]["vision_skip"] = False
+    config.write_text(json.dumps(stored))
+    assert ImageEncoder.load(tmp_path).fingerprint == original.fingerprint
 
 
 def test_a_fingerprint_changes_with_any_weight_and_with_the_configuration() -> None:
@@ -286,7 +322,7 @@ def with_value(section: str | None, key: str, value: Any) -> Callable[[dict[str,
         (with_value(None, "version", 2), "version"),
         (with_value(None, "vision", None), "malformed"),
         (with_value(None, "weight_dtype", "float8"), "'float8' is unknown"),
-        (with_value("fusion", "blocks", 0), "blocks is 0"),
+        (with_value("fusion", "blocks", -1), "blocks is -1"),
         (with_value("fusion", "heads", "two"), "malformed"),
         (with_value("vision", "backbone", {"model_type": "nonsense"}), "'nonsense' is not known"),
         (with_value("segmentation", "class_count", 4), "class_count is 4"),
