@@ -1,6 +1,6 @@
 """Every error that the engine raises on purpose.
 
-The tree has six groups, and each class carries what every caller needs to act on it:
+The tree has seven groups, and each class carries what every caller needs to act on it:
 
 - ``grpc_code``: the name of the gRPC status code a server answers with;
 - ``reason``: a stable, machine-readable string (``google.rpc.ErrorInfo.reason`` on the wire, ``error.reason`` in JSON);
@@ -13,6 +13,7 @@ The tree has six groups, and each class carries what every caller needs to act o
 | `BundleError` | an index bundle or store cannot be used | 3 |
 | `EncoderError` | an encoder cannot be built or loaded | 3 |
 | `VersionError` | an index version cannot be loaded, activated or unloaded as asked | 3 |
+| `LedgerError` | the ledger of an archive cannot be used | 3 |
 | `ServiceError` | the engine is busy, stopping or unreachable | 3 |
 
 The message always says what is wrong, with which input, and what to do.
@@ -269,6 +270,13 @@ class RunConflictError(UsageError):
 
     grpc_code = "FAILED_PRECONDITION"
     reason = "RUN_CONFLICT"
+
+
+class NothingFoundError(UsageError):
+    """There is not one picture in what was named, so that something else was meant."""
+
+    grpc_code = "NOT_FOUND"
+    reason = "NOTHING_FOUND"
 
 
 class LedgerError(GeoSurgeError):

@@ -1,8 +1,9 @@
 """Protobuf messages of the public API to plain dataclasses and errors, and back.
 
-The command line prints these messages, the server sends them and the client reads them; none of that needs gRPC here.
-A failure travels as a ``google.rpc.Status`` whose details hold a ``google.rpc.ErrorInfo`` (domain `ERROR_DOMAIN`, the
-error's stable reason) and, when the server is overloaded, a ``google.rpc.RetryInfo``.
+The command line prints these messages, the server sends them, the client reads them and a run over an archive keeps
+them; none of that needs gRPC here. A failure travels as a ``google.rpc.Status`` whose details hold a
+``google.rpc.ErrorInfo`` (domain `ERROR_DOMAIN`, the error's stable reason) and, when the server is overloaded, a
+``google.rpc.RetryInfo``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 from google.protobuf import json_format
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from geosurge.description import Cell, Coordinate, IndexVersion, ServerInfo
+from geosurge.description import Cell, Coordinate, IndexVersion, ServerInfo, VersionState
 from geosurge.errors import (
     DeadlineExceededError,
     GeoSurgeError,
@@ -40,6 +41,8 @@ ERROR_DOMAIN: Final = "geosurge"
 
 MAX_STATUS_MESSAGE_BYTES: Final = 1000
 """A status travels twice in HTTP/2 trailers, which peers limit to 8 kB, and a message may quote its input."""
+
+_STATE_PREFIX: Final = "VERSION_STATE_"
 
 
 def location_to_response(location: Location, request_id: str) -> geolocation_pb2.LocateResponse:
@@ -122,6 +125,16 @@ def response_to_location(response: geolocation_pb2.LocateResponse) -> Location:
     )
 
 
+def location_to_bytes(location: Location) -> bytes:
+    """Serializes an answer to be kept: as the message of the wire, so that nothing of it is lost."""
+    return location_to_response(location, "").SerializeToString()
+
+
+def bytes_to_location(response: bytes) -> Location:
+    """Reads the answer that `location_to_bytes` serialized."""
+    return response_to_location(geolocation_pb2.LocateResponse.FromString(response))
+
+
 def message_to_place(place: cell_pb2.Place) -> Place:
     """Reads the message of a place."""
     return Place(place.city, place.region, place.country, place.country_code, place.distance_km)
@@ -193,11 +206,42 @@ def message_to_info(info: geolocation_pb2.GetInfoResponse) -> ServerInfo:
     )
 
 
+def version_to_message(version: IndexVersion) -> index_pb2.IndexVersion:
+    """Describes one index version of a server."""
+    message = index_pb2.IndexVersion(
+        name=version.name,
+        state=f"{_STATE_PREFIX}{version.state.name}",
+        failure=None if version.failure is None else error_to_status(version.failure),
+        load_step=version.load_step,
+        load_progress=version.load_progress,
+        request_count=version.request_count,
+        memory_bytes=version.memory_bytes,
+        canary_share=version.canary_share,
+        encoder_sha256=version.encoder_sha256,
+    )
+    if version.state_time is not None:
+        message.state_time.FromDatetime(version.state_time)
+    if version.create_time is not None:
+        message.create_time.FromDatetime(version.create_time)
+    return message
+
+
 def message_to_version(message: index_pb2.IndexVersion) -> IndexVersion:
-    """Reads one index version of a server."""
+    """Reads one index version of a server.
+
+    Raises:
+        ServiceError: It is in a state that this client does not know.
+    """
+    try:
+        state = VersionState[index_pb2.VersionState.Name(message.state).removeprefix(_STATE_PREFIX)]
+    except (KeyError, ValueError) as error:
+        raise ServiceError(
+            f"the server reports the state {message.state} of version {message.name!r}, which this client does not "
+            "know; use a client of the server's version"
+        ) from error
     return IndexVersion(
         name=message.name,
-        state=index_pb2.VersionState.Name(message.state).removeprefix("VERSION_STATE_").lower(),
+        state=state,
         failure=status_to_error(message.failure) if message.HasField("failure") else None,
         load_step=message.load_step,
         load_progress=message.load_progress,

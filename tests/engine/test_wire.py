@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from google.protobuf import json_format
@@ -9,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geosurge import errors
-from geosurge.errors import GeoSurgeError, ImageEmptyError, OptionOutOfRangeError, OverloadedError
+from geosurge.description import IndexVersion, VersionState
+from geosurge.errors import (
+    BundleCorruptError,
+    GeoSurgeError,
+    ImageEmptyError,
+    OptionOutOfRangeError,
+    OverloadedError,
+    ServiceError,
+)
 from geosurge.location import (
     Alternative,
     CredibleRegion,
@@ -19,15 +29,19 @@ from geosurge.location import (
     Place,
     Timings,
 )
-from geosurge.v1 import geolocation_pb2
+from geosurge.v1 import geolocation_pb2, index_pb2
 from geosurge.wire import (
+    bytes_to_location,
     error_to_json,
     error_to_status,
+    location_to_bytes,
     location_to_response,
+    message_to_version,
     options_to_message,
     response_to_json,
     response_to_location,
     status_to_error,
+    version_to_message,
 )
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -75,6 +89,7 @@ def test_a_location_survives_the_wire(location: Location, request_id: str) -> No
     response = geolocation_pb2.LocateResponse.FromString(data)
     assert response.request_id == request_id
     assert response_to_location(response) == location
+    assert bytes_to_location(location_to_bytes(location)) == location
 
 
 @settings(deadline=None)
@@ -171,3 +186,26 @@ def test_options_that_cannot_be_written_down_are_refused() -> None:
     for options in (LocateOptions(top_k=-1), LocateOptions(beam_width=2**32), LocateOptions(h3_resolution=-1)):
         with pytest.raises(OptionOutOfRangeError):
             options_to_message(options)
+
+
+@pytest.mark.parametrize("state", VersionState)
+def test_all_that_is_known_of_a_version_survives(state: VersionState) -> None:
+    now = datetime(2027, 1, 2, 3, 4, 5, tzinfo=UTC)
+    version = IndexVersion("a", state, BundleCorruptError("broken"), "reading", 0.5, 3, 4, 0.25, now, now, "5e")
+    message = version_to_message(version)
+    assert index_pb2.VersionState.Name(message.state) == f"VERSION_STATE_{state.name}"
+    assert (message.load_step, message.load_progress, message.request_count) == ("reading", 0.5, 3)
+    assert (message.memory_bytes, message.canary_share, message.encoder_sha256) == (4, 0.25, "5e")
+    assert message.state_time.ToDatetime(tzinfo=UTC) == message.create_time.ToDatetime(tzinfo=UTC) == now
+    again = message_to_version(message)
+    assert (type(again.failure), str(again.failure)) == (BundleCorruptError, "broken")
+    assert replace(again, failure=version.failure) == version
+    bare = version_to_message(IndexVersion("a", state))
+    assert not any(bare.HasField(name) for name in ("failure", "state_time", "create_time"))
+    assert message_to_version(bare) == IndexVersion("a", state)
+
+
+@pytest.mark.parametrize("number", [0, 99])
+def test_a_state_of_another_version_of_the_engine_is_refused(number: int) -> None:
+    with pytest.raises(ServiceError, match=f"reports the state {number} of version 'a'"):
+        message_to_version(index_pb2.IndexVersion(name="a", state=number))  # type: ignore[arg-type]

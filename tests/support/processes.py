@@ -21,7 +21,7 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from geosurge.index_client import IndexClient
+from geosurge.client import IndexClient
 from geosurge.settings import ENVIRONMENT_PREFIX
 from geosurge.v1 import geolocation_pb2, geolocation_pb2_grpc
 
@@ -251,9 +251,9 @@ async def results(call: Any) -> AsyncIterator[geolocation_pb2.LocateResult]:
 
 
 def _command(prelude: str, flags: Mapping[str, object]) -> list[str]:
-    program = ["-m", "geosurge.cli"]
+    program = ["-m", "geosurge.commands.cli"]
     if prelude:
-        program = ["-c", f"{prelude}\nfrom geosurge.cli import main\nmain()"]
+        program = ["-c", f"{prelude}\nfrom geosurge.commands.cli import main\nmain()"]
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items()]
     return [sys.executable, *program, "serve", *(word for pair in pairs for word in pair)]
 

@@ -21,7 +21,9 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import geosurge.v1
+from geosurge.server.failures import PrivatePaths
 from geosurge.server.interceptors import CallInterceptor
+from geosurge.server.metrics import Metrics
 from geosurge.server.security import AuthInterceptor, Tokens, server_credentials
 from geosurge.settings import ServerSettings
 
@@ -82,7 +84,10 @@ def secured_server(settings: ServerSettings) -> Iterator[str]:
     over = threading.Event()
 
     async def run() -> None:
-        interceptors = [CallInterceptor(asyncio.Event()), AuthInterceptor(Tokens.from_settings(settings))]
+        interceptors = [
+            CallInterceptor(asyncio.Event(), Metrics(), PrivatePaths({})),
+            AuthInterceptor(Tokens.from_settings(settings)),
+        ]
         server = grpc.aio.server(interceptors=interceptors)
         server.add_generic_rpc_handlers([_handlers(service) for service in services()])
         health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)

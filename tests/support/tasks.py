@@ -1,4 +1,4 @@
-"""Tasks that end well or badly, for the processes of a `DecodePool`; in a module that those can import."""
+"""Tasks that end well or badly, for the processes of a `TaskPool`; in a module that those can import."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from geosurge.archive.decoding import Looked
 from geosurge.archive.rows import Position
+from geosurge.archive.tasks import Looked
 from geosurge.errors import InputNotReadableError
 
 

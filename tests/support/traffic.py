@@ -19,7 +19,7 @@ from support.answers import Query, expected_answers, questions, reason_of, same_
 from support.processes import ServerProcess, geolocation, index_client, server_process
 from support.servers import embedding, encoded_image
 
-from geosurge.index_client import IndexClient
+from geosurge.client import IndexClient
 from geosurge.v1 import geolocation_pb2 as pb
 
 CALL_SECONDS = 60.0

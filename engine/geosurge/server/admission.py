@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from geosurge.errors import OverloadedError, PeerOverloadedError
 
@@ -141,3 +141,9 @@ class Admission:
                 self._grant(waiting_peer, of_stream=True)
                 turn.set_result(None)
                 return
+
+
+def peer_address(context: Any) -> str:  # noqa: ANN401
+    """Who calls: the address without the port."""
+    peer: str = context.peer()
+    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer

@@ -6,21 +6,20 @@ long as the event loop turns, whatever the models do.
 
 A stop goes the other way round: health turns NOT_SERVING, load balancers get `drain_seconds` to notice, no new calls
 are accepted and streams take no more items, what is in flight is answered within `grace_seconds`, then the threads end
-and the versions are freed. When a stage of the batcher crashes, the server stops by itself and `serve` raises, so that
-a supervisor can start another: it never stays up without being able to answer.
+and the versions are freed. When a stage of the batcher crashes, the server stops by itself and
+`geosurge.server.process` ends with an error, so that a supervisor can start another: it never stays up without being
+able to answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import os
-import signal
+import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -29,22 +28,23 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from geosurge.addresses import is_loopback, join_address
-from geosurge.errors import ConfigurationError, GeoSurgeError, StageCrashedError
+from geosurge.bundle.manifest import MANIFEST_FILE
+from geosurge.errors import ConfigurationError, GeoSurgeError
 from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions
 from geosurge.server.admission import Admission
 from geosurge.server.batcher import Batcher
+from geosurge.server.cell_service import CellService
+from geosurge.server.failures import PrivatePaths
+from geosurge.server.geolocation_service import GeolocationService
 from geosurge.server.index_service import IndexService
 from geosurge.server.interceptors import CallInterceptor
 from geosurge.server.loader import Loader, warm_up_query
-from geosurge.server.logs import configure_logging
 from geosurge.server.metrics import Metrics
 from geosurge.server.monitoring import Monitoring
 from geosurge.server.security import AuthInterceptor, Tokens, server_credentials
-from geosurge.server.services import CellService, GeolocationService
-from geosurge.server.tracing import configure_tracing
 from geosurge.server.versions import Versions
-from geosurge.settings import ServerSettings, unknown_variables
+from geosurge.settings import ServerSettings
 from geosurge.v1 import cell_pb2, cell_pb2_grpc, geolocation_pb2, geolocation_pb2_grpc, index_pb2, index_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,6 @@ LIVENESS: Final = "liveness"
 """Name under which health answers SERVING as long as the process lives."""
 
 _HEARTBEAT_SECONDS: Final = 1.0
-_LAST_SECONDS: Final = 10.0
-"""Time that a server whose stage has crashed has after its grace, to free what it holds."""
 _HEARTBEATS_MISSED: Final = 10
 
 
@@ -89,6 +87,12 @@ class Server:
         self._stopping = asyncio.Event()
         self._abandoned = asyncio.Event()
         self._tokens = Tokens.from_settings(settings)
+        # Absolute, as errors name them.
+        index = settings.index.absolute()
+        scratch = Path(tempfile.gettempdir()) if settings.scratch is None else settings.scratch.absolute()
+        self._private_paths = PrivatePaths(
+            {index: "the bundle" if (index / MANIFEST_FILE).exists() else "the store", scratch: "the scratch directory"}
+        )
         self._health = health.aio.HealthServicer()
         self._batcher = Batcher(
             max_batch_size=settings.max_batch_size,
@@ -102,10 +106,10 @@ class Server:
             device=settings.device,
             limits=ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
             max_batch_size=settings.max_batch_size,
-            scratch=settings.scratch,
+            scratch=scratch,
         )
         self._versions = Versions(
-            settings.index,
+            index,
             self._loader,
             max_versions=settings.max_loaded_versions,
             metrics=self.metrics,
@@ -222,7 +226,10 @@ class Server:
     def _build(self, *, locates: bool, administers: bool) -> grpc.aio.Server:
         """A gRPC server with some of the services; each has health and reflection."""
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._stopping, self.metrics), AuthInterceptor(self._tokens)],
+            interceptors=[
+                CallInterceptor(self._stopping, self.metrics, self._private_paths),
+                AuthInterceptor(self._tokens),
+            ],
             options=[
                 ("grpc.max_receive_message_length", self.settings.max_receive_message_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -290,94 +297,3 @@ class Server:
 
     def _is_alive(self) -> bool:
         return time.monotonic() - self._last_beat < _HEARTBEATS_MISSED * _HEARTBEAT_SECONDS
-
-
-def serve(settings: ServerSettings, on_ready: Callable[[Server], None] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT, then stops gracefully and returns; a second signal stops at once.
-
-    A signal while the server is still starting ends the start; the bundle is never served then. SIGHUP has the server
-    read the store's pointer again.
-
-    Args:
-        settings: The settings.
-        on_ready: Called with the server once it reports SERVING.
-
-    Raises:
-        GeoSurgeError: The server could not start; see `Server.start`.
-        StageCrashedError: It could not go on; it has stopped.
-    """
-    configure_logging(settings.log_level, settings.log_format)
-    configure_tracing()
-    for name, meant in unknown_variables(os.environ).items():
-        logger.warning("%s in the environment is no setting%s", name, f"; did you mean {meant}?" if meant else "")
-    asyncio.run(_serve(settings, on_ready))
-
-
-async def _serve(settings: ServerSettings, on_ready: Callable[[Server], None] | None) -> None:
-    loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
-    # The version that is loaded first may be another one than the store names by the end of the start.
-    reload = asyncio.Event()
-    loop.add_signal_handler(signal.SIGHUP, reload.set)
-    _freeze_garbage_collector()
-    server = Server(settings)
-    start = asyncio.create_task(server.start())
-    signalled = asyncio.create_task(signals.get())
-    await asyncio.wait({start, signalled}, return_when=asyncio.FIRST_COMPLETED)
-    if not start.done():
-        logger.info("stopping before the start was over", extra={"signal": signalled.result().name})
-        start.cancel()
-        with suppress(asyncio.CancelledError):
-            await start
-        return
-    await start
-    _freeze_garbage_collector()
-    follows: set[asyncio.Task[None]] = set()
-
-    def follow() -> None:
-        task = asyncio.create_task(server.follow_store())
-        follows.add(task)
-        task.add_done_callback(follows.discard)
-
-    loop.add_signal_handler(signal.SIGHUP, follow)
-    if reload.is_set():
-        follow()
-    if on_ready is not None:
-        on_ready(server)
-    crashed = asyncio.create_task(server.crashed())
-    await asyncio.wait({signalled, crashed}, return_when=asyncio.FIRST_COMPLETED)
-    if crashed.done():
-        stop = asyncio.create_task(server.stop(drain_seconds=0))
-    else:
-        logger.info("stopping", extra={"signal": signalled.result().name})
-        stop = asyncio.create_task(server.stop())
-        again = asyncio.create_task(signals.get())
-        await asyncio.wait({stop, again, crashed}, return_when=asyncio.FIRST_COMPLETED)
-        if again.done():
-            await server.abandon()
-        await asyncio.wait({stop, crashed}, return_when=asyncio.FIRST_COMPLETED)
-        again.cancel()
-    if not crashed.done():
-        crashed.cancel()
-        await stop
-        return
-    failure = StageCrashedError(f"the stage {crashed.result()!r} crashed, see the log; start the server again")
-    await asyncio.wait({stop}, timeout=settings.grace_seconds + _LAST_SECONDS)
-    if not stop.done():
-        # A thread that hangs would keep the process, and the port with it, for ever.
-        logger.critical("%s", failure)
-        logging.shutdown()
-        os._exit(failure.exit_code)
-    raise failure
-
-
-def _freeze_garbage_collector() -> None:
-    """Has the garbage collector never again scan what exists now: hundreds of thousands of objects of libraries.
-
-    A scan of all of them would stop every call for a quarter of a second. The last one is made here, before anything is
-    served.
-    """
-    gc.collect()
-    gc.freeze()

@@ -28,7 +28,6 @@ import logging
 import math
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +40,7 @@ from numpy.typing import NDArray
 from geosurge.encoder.model import ImageEncoder
 from geosurge.errors import DeadlineExceededError, GeoSurgeError, ShuttingDownError
 from geosurge.location import LocateOptions, Location
+from geosurge.server.failures import log_unexpected
 from geosurge.server.handle import VersionHandle
 from geosurge.server.metrics import Metrics
 
@@ -300,10 +300,8 @@ class _Stage:
 class Batcher:
     """Owns the stages; `locate` belongs to the event loop that called `start`."""
 
-    def __init__(
-        self, *, max_batch_size: int, decode_workers: int, device: str = "cpu", metrics: Metrics | None = None
-    ) -> None:
-        self._metrics = metrics or Metrics()
+    def __init__(self, *, max_batch_size: int, decode_workers: int, device: str = "cpu", metrics: Metrics) -> None:
+        self._metrics = metrics
         self._takes_turns = device == "cpu"
         self._turn_begun = 0.0
         self._may_decode = threading.Event()
@@ -467,8 +465,8 @@ class Batcher:
                 embeddings = batch[0].encoder.encode(pixels)
             finally:
                 self._may_decode.set()
-        except Exception:  # noqa: BLE001
-            self._reject(batch, _failure("encode", batch))
+        except Exception as error:  # noqa: BLE001
+            self._reject(batch, _batch_error(error, "encode", batch))
             _check_encoder(batch[0])
             return
         seconds = time.perf_counter() - begun
@@ -489,8 +487,8 @@ class Batcher:
             embeddings = np.stack([item.embedding for item in batch if item.embedding is not None])
             with batch[0].handle.use() as locator:
                 outcomes = locator.locate_embeddings(embeddings, [item.options for item in batch])
-        except Exception:  # noqa: BLE001
-            self._reject(batch, _failure("search", batch))
+        except Exception as error:  # noqa: BLE001
+            self._reject(batch, _batch_error(error, "search", batch))
             _check_search(batch[0])
             return
         seconds = time.perf_counter() - begun
@@ -564,21 +562,9 @@ def _check_search(item: _Item) -> None:
         locator.locate_embeddings(np.ones((1, locator.manifest.dimension), np.float32), [LocateOptions()])
 
 
-def _failure(stage: str, batch: Sequence[_Item]) -> GeoSurgeError:
-    """Logs the exception that is being handled; returns the error that its items are told."""
-    error_id = uuid.uuid4().hex
-    logger.exception(
-        "batch failed",
-        extra={
-            "stage": stage,
-            "size": len(batch),
-            "index_version": batch[0].handle.name,
-            "error_id": error_id,
-        },
-    )
-    return GeoSurgeError(
-        f"the engine failed while it worked on the batch of this request; the server logged it as {error_id}"
-    )
+def _batch_error(error: Exception, stage: str, batch: Sequence[_Item]) -> GeoSurgeError:
+    """The error that the items of a batch are told: also of one raised on purpose, which none of them has caused."""
+    return log_unexpected(error, stage=stage, size=len(batch), index_version=batch[0].handle.name)
 
 
 def _with_timings(item: _Item, location: Location, search_begun: float) -> Location:

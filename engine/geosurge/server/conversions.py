@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geosurge.errors import EmbeddingInvalidError, GeoSurgeError, OptionOutOfRangeError, QueryMissingError
+from geosurge.errors import EmbeddingInvalidError, OptionOutOfRangeError, QueryMissingError
 from geosurge.location import LocateOptions
 from geosurge.locator import MAX_REGION_TOKENS
 from geosurge.v1 import geolocation_pb2
-
-logger = logging.getLogger(__name__)
 
 MAX_EMBEDDING_LENGTH = 65_536
 """Most values that are copied: an embedding too long for any index is refused without reading it."""
 
 MAX_REQUEST_ID_LENGTH = 4096
 """Characters that a request id may have: it is echoed, and may be a path."""
-
-MAX_LOGGED_LENGTH = 200
-"""Characters of what a client chose that are logged."""
 
 MAX_VERSION_NAME_LENGTH = 255
 """Characters that the name of an index version may have: it is the name of a directory."""
@@ -109,21 +103,3 @@ def check_version_name(name: str) -> str:
             f"the name of the index version has {len(name)} characters, at most {MAX_VERSION_NAME_LENGTH} are allowed"
         )
     return name
-
-
-def exception_to_error(exception: Exception, request_id: str = "") -> GeoSurgeError:
-    """Turns whatever was raised into an error that may leave the process.
-
-    An error raised on purpose is returned as it is. Anything else is logged with its traceback under a new id, and only
-    that id is passed on.
-
-    Args:
-        exception: What was raised.
-        request_id: Id of the stream's item that failed; a failed call is known to the log.
-    """
-    if isinstance(exception, GeoSurgeError):
-        return exception
-    error_id = uuid.uuid4().hex
-    fields = {"error_id": error_id} | ({"request_id": request_id[:MAX_LOGGED_LENGTH]} if request_id else {})
-    logger.error("unexpected failure", extra=fields, exc_info=exception)
-    return GeoSurgeError(f"the engine failed; the server logged the cause as {error_id}")

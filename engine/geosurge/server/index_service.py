@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from geosurge.description import IndexVersion, VersionState
 from geosurge.errors import OptionOutOfRangeError
 from geosurge.server.conversions import check_version_name
 from geosurge.server.interceptors import current_call
-from geosurge.server.policy import VersionState
-from geosurge.server.versions import Versions, VersionStatus
+from geosurge.server.versions import Versions
 from geosurge.v1 import index_pb2, index_pb2_grpc
-from geosurge.wire import error_to_status
+from geosurge.wire import version_to_message
 
 
 class IndexService(index_pb2_grpc.IndexServiceServicer):
@@ -28,10 +29,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         context: Any,  # noqa: ANN401, ARG002
     ) -> index_pb2.ListVersionsResponse:
         """Lists the versions and their states."""
-        statuses = await self._versions.statuses()
-        active = [status.name for status in statuses if status.state is VersionState.ACTIVE]
+        versions = await self._versions.statuses()
+        active = [version.name for version in versions if version.state is VersionState.ACTIVE]
         return index_pb2.ListVersionsResponse(
-            versions=[status_message(status) for status in statuses], active_version=active[0] if active else ""
+            versions=[_message(version) for version in versions], active_version=active[0] if active else ""
         )
 
     async def GetVersion(  # noqa: N802
@@ -40,7 +41,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         context: Any,  # noqa: ANN401, ARG002
     ) -> index_pb2.GetVersionResponse:
         """Returns one version."""
-        return index_pb2.GetVersionResponse(version=status_message(self._versions.status(_name(request.name))))
+        return index_pb2.GetVersionResponse(version=_message(self._versions.status(_name(request.name))))
 
     async def LoadVersion(  # noqa: N802
         self,
@@ -48,7 +49,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         context: Any,  # noqa: ANN401, ARG002
     ) -> index_pb2.LoadVersionResponse:
         """Starts to load a version."""
-        return index_pb2.LoadVersionResponse(version=status_message(self._versions.load(_name(request.name))))
+        return index_pb2.LoadVersionResponse(version=_message(self._versions.load(_name(request.name))))
 
     async def ActivateVersion(  # noqa: N802
         self,
@@ -58,7 +59,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Makes a version the active one; returns when it is."""
         before = await self._versions.activate(_name(request.name), unload_first=request.unload_first)
         status = self._versions.status(request.name)
-        return index_pb2.ActivateVersionResponse(version=status_message(status), previous_version=before)
+        return index_pb2.ActivateVersionResponse(version=_message(status), previous_version=before)
 
     async def RollbackVersion(  # noqa: N802
         self,
@@ -68,9 +69,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Activates the version that was active before."""
         name, before = await self._versions.rollback()
         current_call().index_version = name
-        return index_pb2.RollbackVersionResponse(
-            version=status_message(self._versions.status(name)), previous_version=before
-        )
+        return index_pb2.RollbackVersionResponse(version=_message(self._versions.status(name)), previous_version=before)
 
     async def UnloadVersion(  # noqa: N802
         self,
@@ -78,7 +77,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         context: Any,  # noqa: ANN401, ARG002
     ) -> index_pb2.UnloadVersionResponse:
         """Frees a version."""
-        return index_pb2.UnloadVersionResponse(version=status_message(self._versions.unload(_name(request.name))))
+        return index_pb2.UnloadVersionResponse(version=_message(self._versions.unload(_name(request.name))))
 
     async def SetCanary(  # noqa: N802
         self,
@@ -88,27 +87,14 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Starts, changes or ends a canary."""
         name = _name(request.name) if request.name else ""
         status = self._versions.set_canary(name, request.share)
-        return index_pb2.SetCanaryResponse(version=None if status is None else status_message(status))
+        return index_pb2.SetCanaryResponse(version=None if status is None else _message(status))
 
 
-def status_message(status: VersionStatus) -> index_pb2.IndexVersion:
-    """What is known of a version, as the API says it."""
-    message = index_pb2.IndexVersion(
-        name=status.name,
-        state=f"VERSION_STATE_{status.state.name}",
-        failure=None if status.failure is None else error_to_status(status.failure),
-        load_step=status.load_step,
-        load_progress=status.load_progress,
-        request_count=status.request_count,
-        memory_bytes=status.memory_bytes,
-        canary_share=status.canary_share,
-        encoder_sha256=status.encoder_sha256,
-    )
-    if status.state_time is not None:
-        message.state_time.FromDatetime(status.state_time)
-    if status.create_time is not None:
-        message.create_time.FromDatetime(status.create_time)
-    return message
+def _message(version: IndexVersion) -> index_pb2.IndexVersion:
+    failure = version.failure
+    if failure is not None:
+        version = replace(version, failure=current_call().private_paths.hide(failure))
+    return version_to_message(version)
 
 
 def _name(name: str) -> str:

@@ -25,7 +25,7 @@ from grpc_status import rpc_status
 
 from geosurge.errors import GeoSurgeError, InputError, MessageTooLargeError
 from geosurge.server import tracing
-from geosurge.server.conversions import MAX_LOGGED_LENGTH, exception_to_error
+from geosurge.server.failures import MAX_LOGGED_LENGTH, PrivatePaths, exception_to_error
 from geosurge.server.message_size import check_message_size
 from geosurge.server.metrics import METHODS, OTHER, Metrics
 from geosurge.v1 import geolocation_pb2
@@ -42,6 +42,9 @@ _UNSENT: Final = 'Failed "execute_batch"'
 """Start of the message of gRPC's error for an answer that cannot be sent because the call is over."""
 
 
+_NO_PATHS: Final = PrivatePaths({})
+
+
 @dataclass
 class CallRecord:
     """The call in progress, for logs, spans and metrics; services fill in what they learn."""
@@ -52,6 +55,7 @@ class CallRecord:
     item_count: int | None = None
     failed_item_count: int = 0
     metrics: Metrics | None = field(default=None, repr=False)
+    private_paths: PrivatePaths = field(default=_NO_PATHS, repr=False)
 
     def item_failed(self, reason: str) -> None:
         """Counts an item of this stream that is answered with an error; at once, because a stream may last for days."""
@@ -95,11 +99,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Attributes:
         stopping: Set when the server stops accepting calls.
         metrics: Told of every call to the engine's methods.
+        private_paths: What errors must not name.
     """
 
-    def __init__(self, stopping: asyncio.Event, metrics: Metrics | None = None) -> None:
+    def __init__(self, stopping: asyncio.Event, metrics: Metrics, private_paths: PrivatePaths) -> None:
         self.stopping = stopping
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics
+        self.private_paths = private_paths
 
     async def intercept_service(
         self,
@@ -115,12 +121,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return self._ended_by_stop(handler)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                _guarded_unary(handler.unary_unary, method, self.metrics),
+                _guarded_unary(handler.unary_unary, method, self.metrics, self.private_paths),
                 request_deserializer=_tolerant(handler.request_deserializer, method),
                 response_serializer=handler.response_serializer,
             )
         return grpc.stream_stream_rpc_method_handler(
-            _guarded_stream(handler.stream_stream, method, self.metrics),
+            _guarded_stream(handler.stream_stream, method, self.metrics, self.private_paths),
             request_deserializer=_tolerant(handler.request_deserializer, method),
             response_serializer=handler.response_serializer,
         )
@@ -163,9 +169,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
 
-def _guarded_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str, metrics: Metrics) -> Any:  # noqa: ANN401
+def _guarded_unary(
+    behaviour: Callable[[Any, Any], Awaitable[Any]], method: str, metrics: Metrics, private_paths: PrivatePaths
+) -> Any:  # noqa: ANN401
     async def handle(request: Any, context: Any) -> Any:  # noqa: ANN401
-        async with _guard(method, context, metrics):
+        async with _guard(method, context, metrics, private_paths):
             begun_ns = time.time_ns()
             response = await behaviour(_checked(request), context)
             if isinstance(response, geolocation_pb2.LocateResponse):
@@ -175,22 +183,24 @@ def _guarded_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], method: str,
     return handle
 
 
-def _guarded_stream(behaviour: Callable[[Any, Any], Awaitable[None]], method: str, metrics: Metrics) -> Any:  # noqa: ANN401
+def _guarded_stream(
+    behaviour: Callable[[Any, Any], Awaitable[None]], method: str, metrics: Metrics, private_paths: PrivatePaths
+) -> Any:  # noqa: ANN401
     async def checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
             yield _checked(request)
 
     async def handle(requests: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
-        async with _guard(method, context, metrics):
+        async with _guard(method, context, metrics, private_paths):
             await behaviour(checked(requests), context)
 
     return handle
 
 
 @asynccontextmanager
-async def _guard(method: str, context: Any, metrics: Metrics) -> AsyncIterator[None]:  # noqa: ANN401
+async def _guard(method: str, context: Any, metrics: Metrics, private_paths: PrivatePaths) -> AsyncIterator[None]:  # noqa: ANN401
     """Observes the call inside the ``with`` block and ends it with the status of whatever it raises."""
-    call = CallRecord(method, metrics=metrics)
+    call = CallRecord(method, metrics=metrics, private_paths=private_paths)
     token = _current.set(call)
     begun = time.perf_counter()
     code = "OK"
@@ -206,7 +216,7 @@ async def _guard(method: str, context: Any, metrics: Metrics) -> AsyncIterator[N
                 code = _cancellation_code(context)
                 # gRPC takes any other exception for a failure of the handler.
                 raise asyncio.CancelledError from exception
-            error = exception_to_error(exception)
+            error = private_paths.hide(exception_to_error(exception))
             code = error.grpc_code
             if error.reason != GeoSurgeError.reason:
                 metrics.refused(error.reason)

@@ -41,14 +41,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from geosurge.bundle import (
-    ENCODER_DIRECTORY,
-    Bundle,
-    check_encoder_identity,
-    check_golden_images,
-    check_index,
-    open_bundle,
-)
+from geosurge.bundle import Bundle, open_bundle
+from geosurge.bundle.manifest import ENCODER_DIRECTORY, Manifest
+from geosurge.bundle.verifying import check_encoder_identity, check_golden_images, check_index
 from geosurge.encoder.model import ImageEncoder
 from geosurge.errors import (
     BundleCorruptError,
@@ -62,7 +57,7 @@ from geosurge.errors import (
 from geosurge.images import ImageLimits
 from geosurge.location import LocateOptions
 from geosurge.locator import Locator
-from geosurge.manifest import Manifest
+from geosurge.server.failures import PRIVATE_COPY_PREFIX
 from geosurge.server.handle import LoadProgress, Needs, VersionHandle
 
 logger = logging.getLogger(__name__)
@@ -75,7 +70,6 @@ _CHUNK_BYTES: Final = 1 << 20
 _REST_RATIO: Final = 1.0
 """Seconds of rest for each second of reading, while other versions have traffic."""
 
-_PRIVATE_PREFIX: Final = "geosurge-load-"
 _READ_SHARE: Final = 0.6
 """Share of a load's progress that reading makes up."""
 
@@ -294,7 +288,7 @@ def _private_directory(scratch: Path) -> Iterator[Path]:
 
 def _make_locked_directory(scratch: Path) -> tuple[Path, int]:
     while True:
-        directory = Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX, dir=scratch))
+        directory = Path(tempfile.mkdtemp(prefix=PRIVATE_COPY_PREFIX, dir=scratch))
         # Until it is locked, a server that starts takes it for abandoned.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(directory, os.O_RDONLY)
@@ -306,7 +300,7 @@ def _make_locked_directory(scratch: Path) -> tuple[Path, int]:
 
 def _remove_abandoned_copies(scratch: Path) -> None:
     """Removes the copies of processes that were killed while they loaded."""
-    for directory in scratch.glob(f"{_PRIVATE_PREFIX}*"):
+    for directory in scratch.glob(f"{PRIVATE_COPY_PREFIX}*"):
         with contextlib.suppress(OSError):
             descriptor = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
             try:

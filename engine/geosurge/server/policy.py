@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-
-class VersionState(enum.Enum):
-    """Where a version is in its life; `geosurge.server.versions` has the table."""
-
-    LOADING = "loading"
-    READY = "ready"
-    ACTIVE = "active"
-    DRAINING = "draining"
-    UNLOADED = "unloaded"
-    FAILED = "failed"
-
+from geosurge.description import VersionState
 
 LOADED_STATES = frozenset({VersionState.READY, VersionState.ACTIVE})
 """States in which requests may name a version."""

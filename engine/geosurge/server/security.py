@@ -28,8 +28,8 @@ from typing import Any, Final
 
 import grpc
 
+from geosurge.bearer import AUTHORIZATION_KEY, BEARER, is_token
 from geosurge.certificates import read_authorities, read_identity
-from geosurge.connection import AUTHORIZATION_KEY, BEARER, is_token
 from geosurge.errors import (
     ConfigurationError,
     CredentialsExpiredError,

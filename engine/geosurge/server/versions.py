@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from geosurge import store as stores
-from geosurge.bundle import MANIFEST_FILE, read_manifest
+from geosurge.bundle import read_manifest
+from geosurge.bundle.manifest import MANIFEST_FILE
+from geosurge.description import IndexVersion, VersionState
 from geosurge.errors import (
     BundleError,
     BundleNotFoundError,
@@ -49,7 +51,7 @@ from geosurge.errors import (
 )
 from geosurge.server.handle import LoadProgress, Needs, VersionHandle
 from geosurge.server.metrics import Metrics
-from geosurge.server.policy import LOADED_STATES, Load, Refuse, Resident, Step, Unload, VersionState, next_step
+from geosurge.server.policy import LOADED_STATES, Load, Refuse, Resident, Step, Unload, next_step
 
 logger = logging.getLogger(__name__)
 
@@ -67,37 +69,6 @@ class VersionLoader(Protocol):
 
     async def close(self, handle: VersionHandle) -> None:
         """Frees a version."""
-
-
-@dataclass(frozen=True)
-class VersionStatus:
-    """What is known of one version; times are UTC.
-
-    Attributes:
-        name: Its name.
-        state: Its state.
-        state_time: When it entered that state; ``None`` when nobody has asked for it.
-        failure: Why it could not be loaded, or what is wrong with it in the store.
-        load_step: What a load is doing; empty without one.
-        load_progress: Fraction of a load that is done, 0 to 1.
-        request_count: Requests that are being answered from it.
-        memory_bytes: Estimate of the memory that it takes; 0 when it was never read.
-        canary_share: Share of the traffic that it gets as a canary, 0 to 1.
-        create_time: When the bundle was built; ``None`` when it was never read.
-        encoder_sha256: SHA-256 of its encoder; empty when it has none or was never read.
-    """
-
-    name: str
-    state: VersionState
-    state_time: datetime | None = None
-    failure: GeoSurgeError | None = None
-    load_step: str = ""
-    load_progress: float = 0.0
-    request_count: int = 0
-    memory_bytes: int = 0
-    canary_share: float = 0.0
-    create_time: datetime | None = None
-    encoder_sha256: str = ""
 
 
 @dataclass(eq=False)
@@ -136,7 +107,7 @@ class Versions:
         loader: VersionLoader,
         *,
         max_versions: int = 2,
-        metrics: Metrics | None = None,
+        metrics: Metrics,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """Records where the bundles are; nothing is loaded yet.
@@ -153,7 +124,7 @@ class Versions:
         self._bundle = (read_manifest(source).name, source) if is_bundle else None
         self._loader = loader
         self._max_versions = max_versions
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics
         self._on_change = on_change
         self._versions: dict[str, _Version] = {}
         self._active: _Version | None = None
@@ -216,7 +187,7 @@ class Versions:
             if version.users == 0:
                 version.unused.set()
 
-    def status(self, name: str) -> VersionStatus:
+    def status(self, name: str) -> IndexVersion:
         """What is known of a version.
 
         Raises:
@@ -225,9 +196,9 @@ class Versions:
         version = self._versions.get(name)
         if version is None:
             self._path(name)
-            return VersionStatus(name, VersionState.UNLOADED)
+            return IndexVersion(name, VersionState.UNLOADED)
         needs, progress = version.needs, version.progress
-        return VersionStatus(
+        return IndexVersion(
             name=name,
             state=version.state,
             state_time=version.state_time,
@@ -241,14 +212,14 @@ class Versions:
             encoder_sha256="" if needs is None else needs.encoder_sha256,
         )
 
-    async def statuses(self) -> list[VersionStatus]:
+    async def statuses(self) -> list[IndexVersion]:
         """All versions that were ever asked for and all bundles of the store, by name."""
         known = {name: self.status(name) for name in self._versions}
         if self._store is not None:
             for entry in await asyncio.to_thread(stores.list_bundles, self._store):
                 if entry.name not in known:
                     failure = None if entry.problem is None else BundleError(entry.problem)
-                    known[entry.name] = VersionStatus(
+                    known[entry.name] = IndexVersion(
                         entry.name, VersionState.UNLOADED, failure=failure, create_time=entry.create_time
                     )
         return [known[name] for name in sorted(known)]
@@ -271,7 +242,7 @@ class Versions:
                 raise
         return self.active
 
-    def load(self, name: str) -> VersionStatus:
+    def load(self, name: str) -> IndexVersion:
         """Starts to load a version; does nothing when it is loaded or being loaded.
 
         Raises:
@@ -321,7 +292,7 @@ class Versions:
         """
         await asyncio.shield(self._track(self._follow()))
 
-    def unload(self, name: str) -> VersionStatus:
+    def unload(self, name: str) -> IndexVersion:
         """Frees a version as soon as its requests are answered; makes a load of it give up.
 
         Raises:
@@ -343,7 +314,7 @@ class Versions:
             self._drain(version)
         return self.status(name)
 
-    def set_canary(self, name: str, share: float) -> VersionStatus | None:
+    def set_canary(self, name: str, share: float) -> IndexVersion | None:
         """Sends a share of the requests that name no version to a second one.
 
         Args:

@@ -34,7 +34,7 @@ class CellServiceStub(object):
     |                     | OPTION_OUT_OF_RANGE (a name of more than 255 characters),          |
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
-    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are named places) |
     | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo),                 |
     |                     | MESSAGE_TOO_LARGE (more than 1 MiB)                                |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
@@ -73,7 +73,7 @@ class CellServiceServicer(object):
     |                     | OPTION_OUT_OF_RANGE (a name of more than 255 characters),          |
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
-    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are named places) |
     | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo),                 |
     |                     | MESSAGE_TOO_LARGE (more than 1 MiB)                                |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |
@@ -88,7 +88,7 @@ class CellServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListChildren(self, request, context):
-        """Returns the children of a cell in Hilbert-curve order.
+        """Returns the children of a cell in the order of their ordinals.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,7 +136,7 @@ class CellService(object):
     |                     | OPTION_OUT_OF_RANGE (a name of more than 255 characters),          |
     |                     | INPUT_INVALID (not a message of the method's type)                 |
     | NOT_FOUND           | CELL_UNKNOWN, INDEX_VERSION_UNKNOWN                                |
-    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are not S2 cells) |
+    | FAILED_PRECONDITION | CELL_KIND_UNSUPPORTED (a path through cells that are named places) |
     | RESOURCE_EXHAUSTED  | OVERLOADED, PEER_OVERLOADED (both with RetryInfo),                 |
     |                     | MESSAGE_TOO_LARGE (more than 1 MiB)                                |
     | UNAVAILABLE         | SHUTTING_DOWN                                                      |

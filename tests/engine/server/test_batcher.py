@@ -84,7 +84,9 @@ def batch_sizes(handle: VersionHandle) -> list[int]:
 async def started(
     max_batch_size: int = 8, metrics: Metrics | None = None, decode_workers: int = 2, device: str = "cpu"
 ) -> AsyncIterator[Batcher]:
-    batcher = Batcher(max_batch_size=max_batch_size, decode_workers=decode_workers, device=device, metrics=metrics)
+    batcher = Batcher(
+        max_batch_size=max_batch_size, decode_workers=decode_workers, device=device, metrics=metrics or Metrics()
+    )
     batcher.start()
     try:
         yield batcher
@@ -299,7 +301,7 @@ async def test_timings_account_for_the_whole_wait(handle: VersionHandle) -> None
 
 
 async def test_stopping_answers_the_queue_and_refuses_what_comes_later(handle: VersionHandle) -> None:
-    batcher = Batcher(max_batch_size=2, decode_workers=1)
+    batcher = Batcher(max_batch_size=2, decode_workers=1, metrics=Metrics())
     batcher.start()
     async with busy(batcher):
         tasks = [asyncio.create_task(batcher.locate(handle, embedding(seed), OPTIONS)) for seed in range(5)]
@@ -570,7 +572,7 @@ async def test_decoding_goes_on_after_an_encoder_has_failed(
 
     async with started() as batcher:
         monkeypatch.setattr(handle.locator.encoder, "encode", fail_once)
-        with pytest.raises(GeoSurgeError, match="the server logged it"):
+        with pytest.raises(GeoSurgeError, match="the server logged the cause"):
             await asyncio.wait_for(batcher.locate(handle, encoded_image(0), OPTIONS), 10)
         assert batcher._may_decode.is_set()
         assert isinstance(await asyncio.wait_for(batcher.locate(handle, encoded_image(1), OPTIONS), 10), Location)

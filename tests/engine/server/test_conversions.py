@@ -1,20 +1,17 @@
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geosurge.errors import GeoSurgeError, ImageEmptyError, OptionOutOfRangeError, QueryMissingError
+from geosurge.errors import OptionOutOfRangeError, QueryMissingError
 from geosurge.location import LocateOptions
 from geosurge.server.conversions import (
     MAX_REQUEST_ID_LENGTH,
     MAX_VERSION_NAME_LENGTH,
     check_request_id,
     check_version_name,
-    exception_to_error,
     message_to_options,
     request_to_id,
     request_to_query,
@@ -86,19 +83,3 @@ def test_the_name_of_a_version_is_bounded() -> None:
     assert check_version_name("x" * MAX_VERSION_NAME_LENGTH) == "x" * MAX_VERSION_NAME_LENGTH
     with pytest.raises(OptionOutOfRangeError, match="256 characters, at most 255"):
         check_version_name("x" * (MAX_VERSION_NAME_LENGTH + 1))
-
-
-def test_an_unexpected_exception_leaves_only_its_log_id(caplog: pytest.LogCaptureFixture) -> None:
-    secret = ValueError("secret detail")
-    with caplog.at_level(logging.ERROR):
-        error = exception_to_error(secret)
-    assert type(error) is GeoSurgeError
-    assert "secret" not in str(error)
-    assert "secret detail" in caplog.text
-    [record] = caplog.records
-    assert str(error).rsplit(" ", 1)[1] == record.__dict__["error_id"]
-
-
-def test_an_error_raised_on_purpose_is_kept() -> None:
-    error = ImageEmptyError("0 bytes")
-    assert exception_to_error(error) is error

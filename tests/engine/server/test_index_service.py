@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,6 @@ from support.processes import geolocation
 from support.servers import embedding, running, settings_for
 
 from geosurge import store as stores
-from geosurge.errors import BundleCorruptError
-from geosurge.server.index_service import status_message
-from geosurge.server.policy import VersionState
-from geosurge.server.versions import VersionStatus
 from geosurge.v1 import index_pb2 as index
 from geosurge.v1 import index_pb2_grpc
 
@@ -149,15 +145,38 @@ async def test_what_cannot_be_done_is_refused_with_its_reason(channel: grpc.aio.
     )
 
 
-@pytest.mark.parametrize("state", VersionState)
-def test_a_message_says_all_that_is_known_of_a_version(state: VersionState) -> None:
-    now = datetime(2027, 1, 2, 3, 4, 5, tzinfo=UTC)
-    status = VersionStatus("a", state, now, BundleCorruptError("broken"), "reading", 0.5, 3, 4, 0.25, CREATE_TIME, "5e")
-    message = status_message(status)
-    assert index.VersionState.Name(message.state) == f"VERSION_STATE_{state.name}"
-    assert (message.load_step, message.load_progress, message.request_count) == ("reading", 0.5, 3)
-    assert (message.memory_bytes, message.canary_share, message.encoder_sha256) == (4, 0.25, "5e")
-    assert message.state_time.ToDatetime(tzinfo=UTC) == now
-    assert message.failure.message == "broken"
-    bare = status_message(VersionStatus("a", state))
-    assert not any(bare.HasField(name) for name in ("failure", "state_time", "create_time"))
+async def test_clients_are_told_names_and_no_paths(channel: grpc.aio.Channel, store: Path) -> None:
+    stub = service(channel)
+    level = store / "b" / "level-2.faiss"
+    level.write_bytes(level.read_bytes()[:-1] + b"x")
+    (store / "c").mkdir()
+    said = []
+    for method, request in (
+        (stub.ActivateVersion, index.ActivateVersionRequest(name="b")),
+        (stub.ActivateVersion, index.ActivateVersionRequest(name="c")),
+        (stub.LoadVersion, index.LoadVersionRequest(name="nowhere")),
+        (stub.RollbackVersion, index.RollbackVersionRequest()),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await method(request)
+        said.append(str(caught.value.details()))
+    said += [version.failure.message for version in (await stub.ListVersions(index.ListVersionsRequest())).versions]
+    assert not [text for text in said if str(store.parent) in text]
+    for expected in (
+        "b/level-2.faiss has another SHA-256 than recorded",
+        "the store has no bundle 'nowhere'",
+        "no bundle of the store was active before 'a'",
+        "c has no manifest.json",
+    ):
+        assert any(expected in text for text in said), (expected, said)
+
+
+async def test_a_full_scratch_directory_is_not_named(store: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "private"
+    scratch.mkdir()
+    async with running(settings_for(store, scratch=scratch)) as (_, channel):
+        scratch.rmdir()
+        scratch.write_text("in the way")
+        with pytest.raises(grpc.aio.AioRpcError, match="the private copy in the scratch directory") as caught:
+            await service(channel).ActivateVersion(index.ActivateVersionRequest(name="b"))
+    assert str(tmp_path) not in str(caught.value.details())

@@ -14,6 +14,7 @@ from support.servers import embedding, encoded_image
 
 from geosurge.errors import CredentialsMissingError, ImageEmptyError, StreamLimitError
 from geosurge.server.app import Server
+from geosurge.server.failures import PrivatePaths
 from geosurge.server.interceptors import CallInterceptor, current_call
 from geosurge.server.logs import add_call
 from geosurge.server.metrics import Metrics
@@ -38,7 +39,7 @@ async def answering(
 ) -> AsyncIterator[tuple[Metrics, grpc.aio.Channel]]:
     """A gRPC server whose LocateStream is a function of raw messages, what it has counted, and a channel to it."""
     metrics = Metrics()
-    server = grpc.aio.server(interceptors=[CallInterceptor(asyncio.Event(), metrics), *others])
+    server = grpc.aio.server(interceptors=[CallInterceptor(asyncio.Event(), metrics, PrivatePaths({})), *others])
     method = grpc.stream_stream_rpc_method_handler(handler, lambda data: data, lambda data: data)
     service, name = LOCATE_STREAM[1:].split("/")
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: method}),))

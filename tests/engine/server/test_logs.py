@@ -140,7 +140,7 @@ def test_only_the_status_that_nobody_waits_for_is_dropped() -> None:
 
 SERVE = """
     import sys
-    from geosurge.server.app import serve
+    from geosurge.server.process import serve
     from geosurge.settings import load_settings
     serve(load_settings(index=sys.argv[1], log_format=sys.argv[2], port=0, max_image_bytes=1000, drain_seconds=0))
 """

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -126,10 +128,22 @@ def test_servers_in_one_process_count_for_themselves() -> None:
     assert value(read(second), "swaps_total", kind="activate") == 0
 
 
+async def counted(address: str, searched: int) -> Samples:
+    """Metrics, once so many requests are counted as searched, and any as encoded."""
+    deadline = time.monotonic() + 30
+    while True:
+        metrics = scrape(address)
+        sums = [value(metrics, "batch_size_sum", stage=stage) for stage in ("search", "encode")]
+        if (sums[0] >= searched and sums[1] >= 1) or time.monotonic() > deadline:
+            return metrics
+        await asyncio.sleep(0.01)
+
+
 async def test_a_scrape_says_what_the_server_did(bundle: Path) -> None:
     async with running(settings_for(bundle, metrics_port=0, max_concurrent_requests=40)) as (server, channel):
         stub: Any = geolocation_pb2_grpc.GeolocationServiceStub(channel)
-        before = scrape(server.metrics_address)
+        # A stage counts a batch after it has handed it on; the first one is that of the warm-up.
+        before = await counted(server.metrics_address, 1)
         vector = pb.Embedding(values=embedding(0).tolist())
         await stub.Locate(pb.LocateRequest(image=encoded_image(1)))
         for _ in range(2):
@@ -138,7 +152,7 @@ async def test_a_scrape_says_what_the_server_did(bundle: Path) -> None:
             await stub.Locate(pb.LocateRequest(embedding=pb.Embedding(values=[1.0])))
         items = [pb.LocateStreamRequest(requests=[pb.LocateRequest(embedding=vector)])] * 5
         assert len([item async for item in results(stub.LocateStream(iter(items)))]) == 5
-        after = scrape(server.metrics_address)
+        after = await counted(server.metrics_address, 9)
 
     def grown(name: str, **labels: str) -> float:
         return value(after, name, **labels) - value(before, name, **labels)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geosurge.server.policy import Load, Refuse, Resident, Unload, VersionState, WaitForDrain, next_step
+from geosurge.description import VersionState
+from geosurge.server.policy import Load, Refuse, Resident, Unload, WaitForDrain, next_step
 
 READY, ACTIVE, DRAINING = VersionState.READY, VersionState.ACTIVE, VersionState.DRAINING
 

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.secured import Authority, new_token, replace_file, secured_server, services
 
-from geosurge.connection import Connection, open_channel
+from geosurge.client.connection import Connection, open_channel
 from geosurge.errors import ConfigurationError, CredentialsExpiredError
 from geosurge.server.security import REQUIRED_ROLES, AuthInterceptor, Role, Tokens, server_credentials
 from geosurge.settings import ServerSettings

@@ -18,7 +18,8 @@ from support.servers import embedding, encoded_image
 from support.traffic import load
 
 from geosurge import store as stores
-from geosurge.bundle import MANIFEST_FILE, finish_bundle, read_manifest
+from geosurge.bundle import finish_bundle, read_manifest
+from geosurge.bundle.manifest import MANIFEST_FILE
 from geosurge.client import Client
 from geosurge.errors import BundleError, GeoSurgeError
 from geosurge.location import LocateOptions

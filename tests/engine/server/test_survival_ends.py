@@ -145,7 +145,7 @@ async def test_a_server_that_can_encode_nothing_any_more_ends_itself(bundle: Pat
             assert failed.value.code() is grpc.StatusCode.INTERNAL
             assert await asyncio.to_thread(server.wait) > 0
             assert await watch == [SERVING, NOT_SERVING]
-        assert "batch failed" in server.log
+        assert "unexpected failure" in server.log
         assert "stage crashed" in server.log
 
 

@@ -24,7 +24,7 @@ from support.secured import Authority, new_token, replace_file, services
 from support.servers import embedding, encoded_image
 from support.traffic import open_channel as open_plain_channel
 
-from geosurge.connection import Connection, open_channel
+from geosurge.client.connection import Connection, open_channel
 from geosurge.v1 import geolocation_pb2 as pb
 
 Code = grpc.StatusCode

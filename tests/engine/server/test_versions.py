@@ -19,6 +19,7 @@ from support.bundles import make_bundle, make_store, tiny_encoder
 
 from geosurge import store as stores
 from geosurge.bundle import finish_bundle, read_manifest
+from geosurge.description import VersionState
 from geosurge.encoder import ImageEncoder
 from geosurge.errors import (
     BundleCorruptError,
@@ -41,7 +42,7 @@ from geosurge.locator import Locator
 from geosurge.server.batcher import Batcher
 from geosurge.server.handle import LoadProgress, Needs, VersionHandle
 from geosurge.server.loader import Loader
-from geosurge.server.policy import VersionState
+from geosurge.server.metrics import Metrics
 from geosurge.server.versions import Versions, _Version
 
 READY, ACTIVE, DRAINING = VersionState.READY, VersionState.ACTIVE, VersionState.DRAINING
@@ -106,10 +107,10 @@ class HeldLoader(Loader):
 
 @asynccontextmanager
 async def opened_with_loader(source: Path, *, max_versions: int = 2) -> AsyncIterator[tuple[Versions, HeldLoader]]:
-    batcher = Batcher(max_batch_size=4, decode_workers=1)
+    batcher = Batcher(max_batch_size=4, decode_workers=1, metrics=Metrics())
     batcher.start()
     loader = HeldLoader(batcher.between_batches, device="cpu", limits=DEFAULT_LIMITS, max_batch_size=4)
-    versions = Versions(source, loader, max_versions=max_versions)
+    versions = Versions(source, loader, max_versions=max_versions, metrics=Metrics())
     try:
         await versions.start()
         yield versions, loader
@@ -511,7 +512,7 @@ async def test_room_is_made_for_a_load_as_soon_as_anybody_asks_for_it(store: Pat
 
 async def test_a_load_that_is_given_up_at_its_very_end_is_freed(store: Path) -> None:
     loader = SimulatedLoader(available=3)
-    versions = Versions(store, loader)
+    versions = Versions(store, loader, metrics=Metrics())
     await versions.start()
     versions.load("two")
     while len(loader.open_handles) < 2:
@@ -835,7 +836,7 @@ def test_whoever_asks_for_whatever_whenever_one_version_is_active_and_none_leaks
 async def _ask(
     store: Path, requests: list[tuple[tuple[str, str], int]], max_versions: int, loader: SimulatedLoader
 ) -> None:
-    versions = Versions(store, loader, max_versions=max_versions)
+    versions = Versions(store, loader, max_versions=max_versions, metrics=Metrics())
     await versions.start()
     tasks = []
     for (what, name), steps in requests:
