@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 from google.protobuf import json_format
@@ -21,23 +21,18 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
-from numpy.typing import NDArray
 
-from geosurge import geodesy
 from geosurge.bundle import open_bundle
 from geosurge.cells import CellTree
 from geosurge.description import Coordinate
 from geosurge.errors import UsageError
-from geosurge.geodesy import EARTH_RADIUS_KM, great_circle_km
+from geosurge.geodesy import Float64Array, Int64Array, great_circle_km
 from geosurge.location import Location
+from geosurge.projections import Projection, azimuthal_equidistant, circle, equal_earth, great_circle
 from geosurge.store import resolve_bundle
 from geosurge.truth import error_km
 from geosurge.v1 import geolocation_pb2
 from geosurge.wire import response_to_location
-
-Float64Array: TypeAlias = NDArray[np.float64]
-Projection: TypeAlias = Callable[[Float64Array, Float64Array], tuple[Float64Array, Float64Array]]
-"""Latitudes and longitudes in degrees, of any one shape, to x and y of that shape."""
 
 MAX_LAND_CELLS: Final = 50_000
 """Cells that the land is drawn with at most; an index with more leaves is drawn with a coarser level."""
@@ -115,7 +110,7 @@ def read_land(index: Path) -> Land:
         index: A bundle, or a store, whose active bundle is read.
 
     Returns:
-        The land.
+        The land; of an index of entities, which have no outlines, without any.
 
     Raises:
         BundleError: There is no bundle, or it cannot be read.
@@ -146,6 +141,8 @@ def draw_map(marks: Sequence[Mark], path: Path, *, land: Land | None = None, tit
     Raises:
         UsageError: The file cannot be written.
     """
+    if land is not None and not land.outlines:
+        land = None
     closest = list(marks) if len(marks) <= MAX_CLOSE_UPS else []
     columns = min(max(len(closest), 1), 4)
     rows = math.ceil(len(closest) / columns)
@@ -164,91 +161,10 @@ def draw_map(marks: Sequence[Mark], path: Path, *, land: Land | None = None, tit
     return path
 
 
-def equal_earth(latitude_deg: Float64Array, longitude_deg: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """Projects the sphere of radius 1 onto the plane, true in area.
-
-    Source: B. Savric, T. Patterson, B. Jenny, "The Equal Earth map projection", IJGIS 33(3), 2019, equations 7 to 10.
-
-    Args:
-        latitude_deg: Any shape.
-        longitude_deg: The same shape; beyond 180 degrees the map simply goes on.
-
-    Returns:
-        x and y of that shape.
-    """
-    a1, a2, a3, a4 = 1.340264, -0.081106, 0.000893, 0.003796
-    theta = np.arcsin(math.sqrt(3.0) / 2.0 * np.sin(np.radians(latitude_deg)))
-    square = theta**2
-    slope = a1 + 3.0 * a2 * square + square**3 * (7.0 * a3 + 9.0 * a4 * square)
-    x = 2.0 / math.sqrt(3.0) * np.radians(longitude_deg) * np.cos(theta) / slope
-    return x, theta * (a1 + a2 * square + square**3 * (a3 + a4 * square))
-
-
-def azimuthal_equidistant(centre: Coordinate) -> Projection:
-    """A projection, in kilometres, that is true in distance and bearing from its centre."""
-    latitude, longitude = math.radians(centre.latitude_deg), math.radians(centre.longitude_deg)
-
-    def project(latitude_deg: Float64Array, longitude_deg: Float64Array) -> tuple[Float64Array, Float64Array]:
-        vectors = geodesy.latlng_to_unit_vector(latitude_deg, longitude_deg)
-        east = vectors @ [-math.sin(longitude), math.cos(longitude), 0.0]
-        north = vectors @ [
-            -math.sin(latitude) * math.cos(longitude),
-            -math.sin(latitude) * math.sin(longitude),
-            math.cos(latitude),
-        ]
-        across = np.hypot(east, north)
-        up = vectors @ geodesy.latlng_to_unit_vector(centre.latitude_deg, centre.longitude_deg)
-        angle = np.arctan2(across, up)
-        scale = EARTH_RADIUS_KM * np.divide(angle, across, out=np.ones_like(across), where=across > 0.0)
-        return scale * east, scale * north
-
-    return project
-
-
-def great_circle(start: Coordinate, end: Coordinate, count: int = 100) -> Float64Array:
-    """Points on the shortest way between two places.
-
-    Args:
-        start: Where it begins.
-        end: Where it ends.
-        count: Points, at least 2.
-
-    Returns:
-        (count, 2) latitudes and longitudes in degrees.
-    """
-    first, last = (geodesy.latlng_to_unit_vector(end.latitude_deg, end.longitude_deg) for end in (start, end))
-    # Steps along the chord are uneven, but the line is the same, and nothing is divided by the sine of a small angle.
-    steps = np.linspace(0.0, 1.0, count)[:, None]
-    latitude_deg, longitude_deg = geodesy.unit_vector_to_latlng((1.0 - steps) * first + steps * last)
-    return np.stack([latitude_deg, longitude_deg], axis=-1)
-
-
-def circle(centre: Coordinate, radius_km: float, count: int = 181) -> Float64Array:
-    """Points at one great-circle distance around a place.
-
-    Args:
-        centre: The place.
-        radius_km: The distance.
-        count: Points; the last is the first again.
-
-    Returns:
-        (count, 2) latitudes and longitudes in degrees.
-    """
-    up = geodesy.latlng_to_unit_vector(centre.latitude_deg, centre.longitude_deg)
-    # The axis that is farthest from the centre's own direction makes the best-conditioned basis.
-    east = np.cross(np.eye(3)[np.argmin(np.abs(up))], up)
-    east /= np.linalg.norm(east)
-    turn = np.linspace(0.0, 2.0 * math.pi, count)[:, None]
-    angle = radius_km / EARTH_RADIUS_KM
-    sideways = np.cos(turn) * east + np.sin(turn) * np.cross(up, east)
-    latitude_deg, longitude_deg = geodesy.unit_vector_to_latlng(math.cos(angle) * up + math.sin(angle) * sideways)
-    return np.stack([latitude_deg, longitude_deg], axis=-1)
-
-
 def _outlines(tree: CellTree, level: int) -> list[Float64Array]:
     count = tree.cell_counts[level - 1]
-    if tree.has_s2_cells:
-        return list(geodesy.cell_id_to_outline(geodesy.token_to_cell_id(tree.tokens(level, np.arange(count)))))
+    if tree.grid is not None:
+        return list(tree.grid.id_to_outline(tree.cell_ids(level)))
     cells = (tree.cell(level, ordinal) for ordinal in range(count))
     return [np.array([(corner.latitude_deg, corner.longitude_deg) for corner in cell.outline]) for cell in cells]
 
@@ -347,7 +263,7 @@ def _draw_lines(axes: Axes, project: Projection, lines: Iterable[Float64Array], 
     axes.add_collection(LineCollection(projected, **style), autolim=False)
 
 
-def _last_before_edge(line: Float64Array) -> NDArray[np.int64]:
+def _last_before_edge(line: Float64Array) -> Int64Array:
     return np.flatnonzero(np.abs(np.diff(line[:, 1])) > 180.0)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Final, Self
 
-from geosurge.client import Client, RetryPolicy
-from geosurge.connection import Connection
+from geosurge.client.attempts import RetryPolicy
+from geosurge.client.blocking import Client
+from geosurge.client.connection import Connection
 from geosurge.description import IndexVersion
 from geosurge.v1 import index_pb2, index_pb2_grpc
 from geosurge.wire import message_to_version

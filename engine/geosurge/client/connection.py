@@ -6,7 +6,6 @@ through TLS or within the machine.
 
 from __future__ import annotations
 
-import re
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,11 @@ from typing import Any, Final
 import grpc
 
 from geosurge.addresses import address_to_host, is_loopback
+from geosurge.bearer import AUTHORIZATION_KEY, BEARER, is_token
 from geosurge.certificates import read_authorities, read_identity
 from geosurge.errors import ConfigurationError
 
 ChannelOptions = Sequence[tuple[str, Any]]
-
-AUTHORIZATION_KEY: Final = "authorization"
-BEARER: Final = "Bearer"
 
 _OPTIONS: Final[ChannelOptions] = (
     ("grpc.max_receive_message_length", -1),
@@ -81,11 +78,6 @@ class Connection:
     def encrypted(self) -> bool:
         """Whether TLS is used."""
         return self.tls or self.ca_file is not None or self.certificate_file is not None
-
-
-def is_token(text: str) -> bool:
-    """Whether a text is made of what RFC 6750 lets a bearer token be made of."""
-    return re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", text) is not None
 
 
 def open_channel(address: str, connection: Connection | None = None, options: ChannelOptions = ()) -> grpc.Channel:

@@ -18,7 +18,7 @@ import typer
 from geosurge.errors import ConfigurationError, UsageError
 
 if TYPE_CHECKING:
-    from geosurge.connection import Connection
+    from geosurge.client.connection import Connection
 
 MAX_PORT: Final = 65535
 TOKEN_VARIABLE: Final = "GEOSURGE_TOKEN"  # noqa: S105 - the name of a variable
@@ -94,7 +94,7 @@ def make_connection(
             raise UsageError(f"{', '.join(names)}: for reaching a server; name one with --server, or leave it out")
         return None
     # What only looks at files starts without gRPC.
-    from geosurge.connection import Connection  # noqa: PLC0415
+    from geosurge.client.connection import Connection  # noqa: PLC0415
 
     return Connection(
         ca_file=tls_ca,

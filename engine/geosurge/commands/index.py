@@ -24,14 +24,15 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from geosurge import store as stores
-from geosurge.bundle import Bundle, open_bundle, verify_bundle
-from geosurge.connection_options import Connect, check_server, with_connection
+from geosurge.bundle import Bundle, open_bundle
+from geosurge.bundle.verifying import verify_bundle
+from geosurge.commands.connection_options import Connect, check_server, with_connection
 from geosurge.errors import GeoSurgeError, StoreError, UsageError, VersionNotLoadedError
 from geosurge.tables import print_content
 
 if TYPE_CHECKING:
+    from geosurge.client import IndexClient
     from geosurge.description import IndexVersion
-    from geosurge.index_client import IndexClient
 
 POLL_SECONDS: Final = 0.2
 
@@ -41,6 +42,12 @@ index_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+_CELL_KINDS: Final = {
+    "s2": "S2 cells",
+    "h3": "H3 cells",
+    "entity": "administrative entities, which have names and no outlines",
+}
 
 _JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _Store = Annotated[
@@ -274,7 +281,7 @@ def _reported(*, as_json: bool) -> Iterator[None]:
 
 def _client(server: str, connection: Connect) -> IndexClient:
     # What only looks at files starts without gRPC.
-    from geosurge.index_client import IndexClient  # noqa: PLC0415
+    from geosurge.client import IndexClient  # noqa: PLC0415
 
     return IndexClient(server, connection=connection())
 
@@ -301,7 +308,7 @@ def _version_table(server: str, versions: Sequence[IndexVersion]) -> Table:
         title_justify="left",
     )
     for version in versions:
-        state = version.state
+        state: str = version.state
         if state == "loading":
             state += f": {version.load_step}, {version.load_progress:.0%}"
         table.add_row(
@@ -334,7 +341,7 @@ def _print_done(content: dict[str, Any], sentence: str, *, as_json: bool) -> Non
 def _print_bundle(bundle: Bundle, size: int) -> None:
     manifest = bundle.manifest
     facts = Table(show_header=False, box=None, pad_edge=False)
-    encoder, calibration = manifest.encoder, manifest.calibration
+    encoder, calibration, gallery = manifest.encoder, manifest.calibration, manifest.gallery
     for name, value in (
         ("name", manifest.name),
         ("path", str(bundle.path)),
@@ -344,9 +351,11 @@ def _print_bundle(bundle: Bundle, size: int) -> None:
         ("does not locate", manifest.domain.cannot),
         ("trained on", manifest.domain.training),
         ("size", f"{size / 1e6:.1f} MB in {len(manifest.files)} files"),
+        ("cells", _CELL_KINDS[manifest.cell_kind]),
         ("vectors", f"{manifest.dimension} values, {manifest.scoring}, {manifest.metric}"),
         ("beam width", str(manifest.default_beam_width)),
         ("answer", manifest.point_estimator),
+        ("gallery", "none" if gallery is None else f"{gallery.references:,} references, {gallery.storage}"),
         (
             "encoder",
             "none: answers embeddings only"
@@ -364,10 +373,13 @@ def _print_bundle(bundle: Bundle, size: int) -> None:
         ("libraries", ", ".join(f"{library} {version}" for library, version in manifest.library_versions.items())),
     ):
         facts.add_row(f"[bold]{name}[/bold]", escape(value))
-    levels = Table("level", "cells", "S2 levels", "temperature", "storage", title="levels", title_justify="left")
+    has_s2_levels = any(level.s2_level_min is not None for level in manifest.levels)
+    headings = ["level", "cells", *(["S2 levels"] if has_s2_levels else []), "temperature", "storage"]
+    levels = Table(*headings, title="levels", title_justify="left")
     for level, temperature in zip(manifest.levels, manifest.temperatures, strict=True):
         s2_levels = "" if level.s2_level_min is None else f"{level.s2_level_min} to {level.s2_level_max}"
-        levels.add_row(str(level.level), f"{level.cells:,}", s2_levels, f"{temperature:.4g}", level.storage)
+        columns = [s2_levels] if has_s2_levels else []
+        levels.add_row(str(level.level), f"{level.cells:,}", *columns, f"{temperature:.4g}", level.storage)
     print_content(facts)
     print_content(levels)
 

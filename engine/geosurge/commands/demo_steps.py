@@ -66,7 +66,7 @@ class Outcome:
 def default_views() -> Path:
     """The sample views of the checkout that this code runs from, or the same folder in the working directory."""
     inside = Path("tests", "data", "views")
-    checkout = Path(__file__).resolve().parents[2]
+    checkout = Path(__file__).resolve().parents[3]
     return checkout / inside if (checkout / inside).is_dir() else inside
 
 
@@ -108,7 +108,7 @@ def server_process(index: Path, *, start_seconds: float = START_SECONDS) -> Iter
     Raises:
         GeoSurgeError: The server did not start, or did not stop cleanly; with what it said.
     """
-    command = [sys.executable, "-m", "geosurge.cli", "serve", "--index", str(index)]
+    command = [sys.executable, "-m", "geosurge.commands.cli", "serve", "--index", str(index)]
     command += ["--host", "127.0.0.1", "--port", "0", "--log-level", "warning"]
     # Its client comes without credentials, so those that another server asks for must not be asked for here.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_CREDENTIALS)}
