@@ -36,11 +36,13 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from geosurge.archive.decoding import Decode, DecodePool
-from geosurge.archive.engines import Engine, LocalEngine
+from geosurge.archive.backends import Backend, LocalBackend
+from geosurge.archive.locating import Progress
+from geosurge.archive.pool import TaskPool
 from geosurge.archive.run import Job, Plan, run
 from geosurge.archive.sources import scan
-from geosurge.demo import default_views
+from geosurge.archive.tasks import Decode
+from geosurge.commands.demo_steps import default_views
 from geosurge.locator import Locator
 from geosurge.store import default_store, resolve_bundle
 
@@ -55,8 +57,8 @@ SAMPLE_SECONDS = 0.1
 
 
 class Silent:
-    def phase(self, name: str, total: int | None) -> Callable[[], None]:
-        return lambda: None
+    def phase(self, name: str, total: int | None) -> Progress:
+        return lambda *, failed=False: None
 
     def plan(self, plan: Plan) -> None:
         pass
@@ -83,10 +85,10 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def run_once(folder: Path, engine: Engine) -> None:
+def run_once(folder: Path, backend: Backend) -> None:
     @contextlib.contextmanager
-    def opened() -> Iterator[Engine]:
-        yield engine
+    def opened() -> Iterator[Backend]:
+        yield backend
 
     with tempfile.TemporaryDirectory() as out:
         result = run(Job((str(folder),), Path(out)), opened, Silent())
@@ -94,25 +96,26 @@ def run_once(folder: Path, engine: Engine) -> None:
         assert set(result.failures) == set(), result.failures
 
 
-def decode_all(folder: Path, engine: LocalEngine) -> None:
-    tasks = (Decode(number, found, engine.preprocessing, engine.limits) for number, found in enumerate(scan([folder])))
-    with DecodePool(len(os.sched_getaffinity(0))) as pool:
+def decode_all(folder: Path, backend: LocalBackend) -> None:
+    pictures = enumerate(scan([folder]))
+    tasks = (Decode(number, found, backend.preprocessing, backend.limits) for number, found in pictures)
+    with TaskPool(len(os.sched_getaffinity(0))) as pool:
         for _ in pool.run(tasks):
             pass
 
 
-def measure(folder: Path, engine: LocalEngine, count: int, rounds: int) -> dict[str, float]:
+def measure(folder: Path, backend: LocalBackend, count: int, rounds: int) -> dict[str, float]:
     files = sorted(folder.iterdir())
-    pixels = np.stack([engine.locator.preprocess(path.read_bytes()) for path in files[:BATCH_SIZE]])
+    pixels = np.stack([backend.locator.preprocess(path.read_bytes()) for path in files[:BATCH_SIZE]])
     rates: dict[str, list[float]] = {name: [] for name in ("run", "encoder", "decoder", "loop")}
     for _ in range(rounds):
         encoder_batches = max(8, count // BATCH_SIZE // 4)
-        seconds = seconds_of(lambda: [engine.locator.encode(pixels) for _ in range(encoder_batches)])  # noqa: B023
+        seconds = seconds_of(lambda: [backend.locator.encode(pixels) for _ in range(encoder_batches)])  # noqa: B023
         rates["encoder"].append(encoder_batches * BATCH_SIZE / seconds)
-        rates["decoder"].append(count / seconds_of(lambda: decode_all(folder, engine)))
-        rates["run"].append(count / seconds_of(lambda: run_once(folder, engine)))
+        rates["decoder"].append(count / seconds_of(lambda: decode_all(folder, backend)))
+        rates["run"].append(count / seconds_of(lambda: run_once(folder, backend)))
         few = files[:LOOP_PICTURES]
-        rates["loop"].append(len(few) / seconds_of(lambda: [engine.locator.locate([path]) for path in few]))  # noqa: B023
+        rates["loop"].append(len(few) / seconds_of(lambda: [backend.locator.locate([path]) for path in few]))  # noqa: B023
     each = list(zip(rates["run"], rates["encoder"], rates["decoder"], rates["loop"], strict=True))
     return {
         "ratio_to_limit": statistics.median(done / min(encoder, decoder) for done, encoder, decoder, _ in each),
@@ -127,7 +130,17 @@ def measure(folder: Path, engine: LocalEngine, count: int, rounds: int) -> dict[
 def peak_memory_bytes(folder: Path, index: Path) -> int:
     """Peak of the memory of a run's processes, shared pages counted once."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "geosurge.cli", "geotag", str(folder), "--out", out, "--index", str(index)]
+        command = [
+            sys.executable,
+            "-m",
+            "geosurge.commands.cli",
+            "geotag",
+            str(folder),
+            "--out",
+            out,
+            "--index",
+            str(index),
+        ]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             peak, parent = 0, psutil.Process(process.pid)
             while process.poll() is None:
@@ -149,11 +162,11 @@ def main() -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         with Locator.open(index) as locator:
-            engine = LocalEngine(locator, BATCH_SIZE)
+            backend = LocalBackend(locator, BATCH_SIZE)
             for name, (size, count) in SIZES.items():
                 folder = Path(temporary, name)
                 write_pictures(folder, size, count)
-                for key, value in measure(folder, engine, count, arguments.rounds).items():
+                for key, value in measure(folder, backend, count, arguments.rounds).items():
                     figures[f"{name}.{key}"] = value
         if not arguments.no_memory:
             peaks = []

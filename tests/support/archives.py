@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from geosurge_training.blue_marble import BlueMarble
+from geosurge_training.data.blue_marble import BlueMarble
 
 _BATCH = 64
 

@@ -6,12 +6,15 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from geosurge.archive.guess import Guess
+from geosurge.archive.metadata.guess import Guess
+from geosurge.archive.metadata.positions import read_claims
+from geosurge.archive.rows import Position
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
@@ -19,7 +22,7 @@ PIXELS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
 BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED, SRATIONAL, DOUBLE = 1, 2, 3, 4, 5, 7, 10, 12
 _FORMATS = {BYTE: "B", SHORT: "H", LONG: "L", RATIONAL: "2L", SRATIONAL: "2l", DOUBLE: "d"}
 
-GUESS = Guess(-33.856784, 151.215297, 12.3456, 0.25, "blue-marble-v1", "ab" * 32, "run-1")
+GUESS = Guess(-33.856784, 151.215297, 12.3456, 0.25, "blue-marble-v2", "ab" * 32, "run-1")
 
 Field = tuple[int, Any]
 """TIFF type and values: numbers, pairs of them for rationals, or bytes."""
@@ -76,6 +79,11 @@ def xmp_packet(content: str, attributes: str = "", before: str = "", after: str 
         f'<rdf:Description rdf:about="" xmlns:exif="http://ns.adobe.com/exif/1.0/" {attributes}>{content}'
         f"</rdf:Description></rdf:RDF></x:xmpmeta>{after}"
     )
+
+
+def first_position(image: BinaryIO, sidecars: Sequence[Path] = ()) -> Position | None:
+    """The first position that a picture has."""
+    return next((claim.position for claim in read_claims(image, sidecars)), None)
 
 
 def png_chunk(name: bytes, content: bytes) -> bytes:

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from geosurge.archive.engines import Engine, LocalEngine, Query
+from geosurge.archive.backends import Backend, LocalBackend, Query
+from geosurge.archive.locating import Progress
 from geosurge.archive.outputs import read_rows
 from geosurge.archive.rows import Row
 from geosurge.archive.run import Job, Plan, Result, run
@@ -19,7 +20,7 @@ from geosurge.locator import Locator
 
 
 @dataclass(frozen=True)
-class WatchedEngine(LocalEngine):
+class WatchedBackend(LocalBackend):
     """An index that is opened here.
 
     Attributes:
@@ -52,13 +53,19 @@ class Watcher:
     Attributes:
         plans: The plans.
         steps: How often each phase moved on.
+        failures: How often it said that a picture failed.
     """
 
     plans: list[Plan] = field(default_factory=list)
     steps: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
 
-    def phase(self, name: str, total: int | None) -> Callable[[], None]:
-        return lambda: self.steps.update([name])
+    def phase(self, name: str, total: int | None) -> Progress:
+        def advance(*, failed: bool = False) -> None:
+            self.steps[name] += 1
+            self.failures[name] += failed
+
+        return advance
 
     def plan(self, plan: Plan) -> None:
         self.plans.append(plan)
@@ -78,24 +85,24 @@ class Archive:
     out: Path
     locators: dict[str, Locator]
 
-    def engine(self, name: str = "", batch_size: int = 4) -> WatchedEngine:
-        return WatchedEngine(self.locators[name or next(iter(self.locators))], batch_size)
+    def backend(self, name: str = "", batch_size: int = 4) -> WatchedBackend:
+        return WatchedBackend(self.locators[name or next(iter(self.locators))], batch_size)
 
     def job(self, **changes: object) -> Job:
         return replace(Job((str(self.folder),), self.out, workers=1), **changes)  # type: ignore[arg-type]
 
     def run(
         self,
-        engine: WatchedEngine | None = None,
+        backend: WatchedBackend | None = None,
         watcher: Watcher | None = None,
         *,
         dry_run: bool = False,
         **job: object,
     ) -> Result:
         """Does a run; of a dry one the result is empty."""
-        engine, watcher = engine or self.engine(), watcher or Watcher()
-        result = run(self.job(**job), opening(engine), watcher, dry_run=dry_run)
-        return result or Result({}, {}, 0.0, 0, [])
+        backend, watcher = backend or self.backend(), watcher or Watcher()
+        result = run(self.job(**job), opening(backend), watcher, dry_run=dry_run)
+        return result or Result({}, {}, {}, 0.0, 0, [])
 
     def rows(self, out: Path | None = None) -> dict[str, Row]:
         """The rows without timings, by the name of the picture relative to the folder, or else by its path."""
@@ -106,11 +113,11 @@ class Archive:
         return named
 
 
-def opening(engine: Engine) -> Callable[[], AbstractContextManager[Engine]]:
-    """What opens an engine, which stays open."""
-    return lambda: contextlib.nullcontext(engine)
+def opening(backend: Backend) -> Callable[[], AbstractContextManager[Backend]]:
+    """What opens a backend, which stays open."""
+    return lambda: contextlib.nullcontext(backend)
 
 
-def never() -> AbstractContextManager[Engine]:
-    """What opens an engine, where none may be needed."""
+def never() -> AbstractContextManager[Backend]:
+    """What opens a backend, where none may be needed."""
     raise AssertionError("there was nothing to locate")

@@ -13,9 +13,7 @@ import numpy as np
 
 from geosurge.archive.rows import Row, Status
 from geosurge.geodesy import great_circle_km
-
-THRESHOLDS_KM: Final = (1, 25, 200, 750, 2500)
-"""Street, city, region, country, continent: the distances that accuracies are published for."""
+from geosurge.truth import THRESHOLDS_KM
 
 MIN_PROBABILITIES: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _WORST: Final = 20

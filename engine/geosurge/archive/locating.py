@@ -1,6 +1,6 @@
 """The steps of a run up to the answers: note what is there, look for positions, locate the rest.
 
-The thread that calls owns the ledger. Pictures are decoded by the processes of a `DecodePool` and located, in batches,
+The thread that calls owns the ledger. Pictures are decoded by the processes of a `TaskPool` and located, in batches,
 on threads of their own; all queues are short, so that memory does not grow with the archive.
 """
 
@@ -9,49 +9,55 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Final
+from typing import Final, Protocol
 
-from geosurge.archive.decoding import Decode, Decoded, DecodePool, Failure, Look, Looked, Outcome, Unusable
-from geosurge.archive.engines import Engine, Query
+from geosurge.archive.backends import Backend, Query
 from geosurge.archive.ledger import AnswerKey, Ledger
-from geosurge.archive.rows import HAS_POSITION, NO_POSITION, PROBABILITY_TOO_LOW, RADIUS_TOO_LARGE
+from geosurge.archive.pool import TaskPool
+from geosurge.archive.rows import HAS_POSITION, NO_POSITION, PROBABILITY_TOO_LOW, RADIUS_TOO_LARGE, Reason
+from geosurge.archive.sidecar_states import SidecarStates
 from geosurge.archive.sources import Found
+from geosurge.archive.tasks import Decode, Decoded, Failure, Look, Looked, Outcome, Unusable
 from geosurge.errors import EmbeddingInvalidError, GeoSurgeError, ImageError, InputError, UsageError
-from geosurge.location import CredibleRegion, LocateOptions, Location
+from geosurge.location import Alternative, CredibleRegion, LocateOptions, Location, PathCell
 
 _COMMIT_SECONDS: Final = 1.0
 _NOTED_AT_ONCE: Final = 1000
 _MAX_BATCH_BYTES: Final = 32_000_000
+_MAX_WAITING: Final = 1000
 
-Progress = Callable[[], None]
-"""Called after every picture."""
+
+class Progress(Protocol):
+    """Called after every picture."""
+
+    def __call__(self, *, failed: bool = False) -> None:
+        """Counts a picture, and whether it failed."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How pictures are located, and which guesses are held back.
+class Thresholds:
+    """Which guesses are held back.
 
     Attributes:
-        options: How each is located.
         min_probability: Least probability of the most likely leaf.
         max_radius_km: Largest radius.
     """
 
-    options: LocateOptions = field(default_factory=LocateOptions)
     min_probability: float = 0.0
     max_radius_km: float | None = None
 
-    def reason_to_withhold(self, location: Location) -> tuple[str, str]:
-        """Why a guess is held back, as a stable string and in words; both empty when it is not."""
+    def reason_to_withhold(self, location: Location) -> Reason | None:
+        """Why a guess is held back, if it is."""
         if location.probability < self.min_probability:
             detail = f"the probability {location.probability:.3g} is below {self.min_probability:g}"
-            return PROBABILITY_TOO_LOW, detail
+            return Reason(PROBABILITY_TOO_LOW, detail)
         if self.max_radius_km is not None and location.radius_km > self.max_radius_km:
-            return RADIUS_TOO_LARGE, f"the radius of {location.radius_km:.1f} km is over {self.max_radius_km:g} km"
-        return "", ""
+            detail = f"the radius of {location.radius_km:.1f} km is over {self.max_radius_km:g} km"
+            return Reason(RADIUS_TOO_LARGE, detail)
+        return None
 
 
 @dataclass
@@ -62,10 +68,11 @@ class _Batch:
     queries: list[Query] = field(default_factory=list)
     decode_ms: list[float] = field(default_factory=list)
     byte_count: int = 0
+    pictures: int = 0
 
-    def add(self, decoded: Decoded) -> None:
-        """Adds a content."""
-        self.hashes.append(decoded.content_hash)
+    def add(self, content_hash: bytes, decoded: Decoded) -> None:
+        """Adds a content, by its hash without what this run wrote into it."""
+        self.hashes.append(content_hash)
         self.queries.append(decoded.query)
         self.decode_ms.append(decoded.decode_ms)
         self.byte_count += len(decoded.query) if isinstance(decoded.query, bytes) else decoded.query.nbytes
@@ -75,9 +82,10 @@ def note_pictures(ledger: Ledger, found: Iterable[Found], progress: Progress) ->
     """Notes what is there, as it is found."""
     ledger.begin_scan()
     chunk: list[Found] = []
+    states = SidecarStates()
     for item in found:
-        chunk.append(item)
-        progress()
+        chunk.append(replace(item, sidecars=states.of(item)))
+        progress(failed=item.error is not None)
         if len(chunk) == _NOTED_AT_ONCE:
             ledger.note(chunk)
             ledger.commit()
@@ -86,7 +94,7 @@ def note_pictures(ledger: Ledger, found: Iterable[Found], progress: Progress) ->
     ledger.commit()
 
 
-def look_for_positions(ledger: Ledger, pool: DecodePool, progress: Progress, *, audit: bool) -> None:
+def look_for_positions(ledger: Ledger, pool: TaskPool, progress: Progress, *, audit: bool) -> None:
     """Finds out which pictures have a position; these are skipped, or in an audit the others."""
     tasks = (Look(noted.key, noted.found) for noted in ledger.to_look_at())
     commits = _Commits(ledger)
@@ -94,40 +102,53 @@ def look_for_positions(ledger: Ledger, pool: DecodePool, progress: Progress, *, 
         if isinstance(outcome, Looked):
             # What this run wrote for the picture itself says nothing about it.
             position = outcome.position
-            is_own = position is not None and ledger.wrote(key, position, outcome.run_id)
+            is_own = position is not None and ledger.journal.is_own_guess(key, position, outcome.run_id)
             looked = Looked(None) if is_own else outcome
-            reason, detail = _skip(looked, audit=audit)
-            ledger.looked_at(key, looked.position, reason, detail)
+            ledger.looked_at(key, looked.position, reason_to_skip(looked, audit=audit))
         else:
             ledger.failed(key, _failure(outcome))
-        progress()
+        progress(failed=not isinstance(outcome, Looked))
         commits.now_and_then()
     ledger.commit()
 
 
-def _skip(looked: Looked, *, audit: bool) -> tuple[str, str]:
+def reason_to_skip(looked: Looked, *, audit: bool) -> Reason | None:
+    """Why a picture is not located, if it is not.
+
+    Args:
+        looked: What it says of itself.
+        audit: Whether the pictures with a position are the ones that are wanted.
+    """
     position = looked.position
     if audit:
         if position is None:
-            return NO_POSITION, "the picture has no position that a guess could be compared with"
+            return Reason(NO_POSITION, "the picture has no position that a guess could be compared with")
         if looked.run_id:
-            return NO_POSITION, f"the picture's position is itself a guess, of run {looked.run_id}"
+            return Reason(NO_POSITION, f"the picture's position is itself a guess, of run {looked.run_id}")
     elif position is not None:
         place = f"{position.latitude_deg:.6f}, {position.longitude_deg:.6f}"
         by = f", a guess of run {looked.run_id}" if looked.run_id else ""
-        return HAS_POSITION, f"the picture has a position already: {place} ({position.source}{by})"
-    return "", ""
+        return Reason(HAS_POSITION, f"the picture has a position already: {place} ({position.source}{by})")
+    return None
 
 
-def locate_pictures(ledger: Ledger, pool: DecodePool, engine: Engine, asked: Asked, progress: Progress) -> None:
+def locate_pictures(
+    ledger: Ledger,
+    pool: TaskPool,
+    backend: Backend,
+    progress: Progress,
+    *,
+    options: LocateOptions,
+    thresholds: Thresholds,
+) -> None:
     """Locates every picture that is still to be located; a content that is known already is not located again.
 
     Raises:
-        GeoSurgeError: The engine cannot go on; what was located until then is in the ledger.
+        GeoSurgeError: The backend cannot go on; what was located until then is in the ledger.
     """
-    with ThreadPoolExecutor(engine.concurrency, "geosurge-locate") as threads:
-        locating = _Locating(ledger, engine, asked, progress, threads)
-        tasks = (Decode(noted.key, noted.found, engine.preprocessing, engine.limits) for noted in ledger.to_locate())
+    with ThreadPoolExecutor(backend.concurrency, "geosurge-locate") as threads:
+        locating = _Locating(ledger, backend, progress, threads, options=options, thresholds=thresholds)
+        tasks = (Decode(noted.key, noted.found, backend.preprocessing, backend.limits) for noted in ledger.to_locate())
         try:
             for key, outcome in pool.run(tasks):
                 locating.take(key, outcome)
@@ -145,17 +166,20 @@ class _Locating:
     def __init__(
         self,
         ledger: Ledger,
-        engine: Engine,
-        asked: Asked,
+        backend: Backend,
         progress: Progress,
         threads: ThreadPoolExecutor,
+        *,
+        options: LocateOptions,
+        thresholds: Thresholds,
     ) -> None:
         self._ledger = ledger
-        self._engine = engine
-        self._asked = asked
+        self._backend = backend
+        self._options = options
+        self._thresholds = thresholds
         self._progress = progress
         self._threads = threads
-        self._key = answer_key(engine, asked.options)
+        self._key = answer_key(backend, options)
         self._commits = _Commits(ledger)
         self._batch = _Batch()
         self._under_way: deque[tuple[_Batch, Future[list[Location | GeoSurgeError]]]] = deque()
@@ -167,18 +191,21 @@ class _Locating:
             content_hash = outcome.content_hash if isinstance(outcome, Unusable) else None
             self._fail(key, _failure(outcome), content_hash)
             return
-        content_hash = outcome.content_hash
+        content_hash = self._ledger.journal.hash_before(key, outcome.content_hash)
         known = None if content_hash in self._waiting else self._ledger.answer(content_hash, self._key)
         if known is not None:
             self._settle(key, content_hash, *known)
             return
         self._waiting[content_hash].append(key)
         if len(self._waiting[content_hash]) == 1:
-            self._batch.add(outcome)
-            if len(self._batch.hashes) >= self._engine.batch_size or self._batch.byte_count >= _MAX_BATCH_BYTES:
+            self._batch.add(content_hash, outcome)
+        if content_hash in self._batch.hashes:
+            self._batch.pictures += 1
+            if self._is_full(self._batch):
                 self._submit()
         # One batch more than is being worked on, so that no thread waits for the next.
-        while self._under_way and (self._under_way[0][1].done() or len(self._under_way) > self._engine.concurrency + 1):
+        at_once = self._backend.concurrency + 1
+        while self._under_way and (self._under_way[0][1].done() or len(self._under_way) > at_once):
             self._note_next()
 
     def finish(self) -> None:
@@ -195,9 +222,17 @@ class _Locating:
             if future.exception() is None:
                 self._note(batch, future.result())
 
+    def _is_full(self, batch: _Batch) -> bool:
+        return (
+            len(batch.hashes) >= self._backend.batch_size
+            or batch.byte_count >= _MAX_BATCH_BYTES
+            # However many copies of a few contents come: what is waiting is lost when the run is killed.
+            or batch.pictures >= _MAX_WAITING
+        )
+
     def _submit(self) -> None:
         batch, self._batch = self._batch, _Batch()
-        self._under_way.append((batch, self._threads.submit(self._engine.locate, batch.queries, self._asked.options)))
+        self._under_way.append((batch, self._threads.submit(self._backend.locate, batch.queries, self._options)))
 
     def _note_next(self) -> None:
         batch, future = self._under_way[0]
@@ -210,8 +245,9 @@ class _Locating:
             keys = self._waiting.pop(content_hash)
             if isinstance(outcome, GeoSurgeError):
                 _check_goes_on(outcome)
+                failure = Failure.of(outcome, by_server=self._backend.preprocessing is None)
                 for key in keys:
-                    self._fail(key, Failure.of(outcome), content_hash)
+                    self._fail(key, failure, content_hash)
                 continue
             location = essential(outcome, decode_ms)
             answer = self._ledger.add_answer(content_hash, self._key, location)
@@ -219,13 +255,13 @@ class _Locating:
                 self._settle(key, content_hash, answer, location)
 
     def _settle(self, key: int, content_hash: bytes, answer: int, location: Location) -> None:
-        self._ledger.located(key, content_hash, answer, *self._asked.reason_to_withhold(location))
+        self._ledger.located(key, content_hash, answer, self._thresholds.reason_to_withhold(location))
         self._progress()
         self._commits.now_and_then()
 
     def _fail(self, key: int, failure: Failure, content_hash: bytes | None) -> None:
         self._ledger.failed(key, failure, content_hash)
-        self._progress()
+        self._progress(failed=True)
         self._commits.now_and_then()
 
 
@@ -251,9 +287,9 @@ def _check_goes_on(error: GeoSurgeError) -> None:
     raise error
 
 
-def answer_key(engine: Engine, options: LocateOptions) -> AnswerKey:
-    """What makes this engine's answers the same as others."""
-    return AnswerKey(engine.index_version, engine.encoder_hash, json.dumps(asdict(options), sort_keys=True))
+def answer_key(backend: Backend, options: LocateOptions) -> AnswerKey:
+    """What makes this backend's answers the same as others."""
+    return AnswerKey(backend.index_version, backend.encoder_hash, json.dumps(asdict(options), sort_keys=True))
 
 
 def _failure(outcome: Outcome) -> Failure:
@@ -274,8 +310,12 @@ def essential(location: Location, decode_ms: float) -> Location:
         longitude_deg=round(location.longitude_deg, 7),
         radius_km=round(location.radius_km, 4),
         probability=round(location.probability, 9),
-        path=tuple(replace(cell, probability=round(cell.probability, 9)) for cell in location.path),
-        alternatives=tuple(replace(other, probability=round(other.probability, 9)) for other in location.alternatives),
+        # Spelled out: `replace` takes ten times as long, and there are a dozen of these in every answer.
+        path=tuple(PathCell(cell.level, cell.token, round(cell.probability, 9)) for cell in location.path),
+        alternatives=tuple(
+            Alternative(leaf.token, round(leaf.probability, 9), leaf.latitude_deg, leaf.longitude_deg, leaf.place)
+            for leaf in location.alternatives
+        ),
         credible_region=CredibleRegion((), 0.0, 0.0),
         timings=replace(location.timings, decode_ms=decode_ms or location.timings.decode_ms),
     )

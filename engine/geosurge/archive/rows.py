@@ -1,11 +1,12 @@
-"""One row for each picture: what every output holds, and the schema that is published in the README."""
+"""One row for each picture: what a run says about it, in whatever form (see the README of `outputs`)."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Self
 
+from geosurge.errors import GeoSurgeError
 from geosurge.location import Alternative, Location, PathCell, Place, Timings
 
 
@@ -19,12 +20,17 @@ class Status(enum.StrEnum):
 
 
 class Format(enum.StrEnum):
-    """A form that rows are put out in; its value is what the file's name ends with."""
+    """A form that rows are put out in."""
 
     PARQUET = "parquet"
     CSV = "csv"
     GEOJSON = "geojson"
     KML = "kml"
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file that holds them."""
+        return f"results.{self}"
 
 
 HAS_POSITION: Final = "HAS_POSITION"
@@ -34,6 +40,24 @@ NO_POSITION: Final = "NO_POSITION"
 PROBABILITY_TOO_LOW: Final = "PROBABILITY_TOO_LOW"
 RADIUS_TOO_LARGE: Final = "RADIUS_TOO_LARGE"
 """Reasons of rows that are withheld."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a picture is not done.
+
+    Attributes:
+        name: A stable string: one of this module's, or of an error of `geosurge.errors`.
+        detail: The same in words.
+    """
+
+    name: str
+    detail: str
+
+    @classmethod
+    def of(cls, error: GeoSurgeError) -> Self:
+        """What an error says."""
+        return cls(error.reason, str(error))
 
 
 @dataclass(frozen=True)
@@ -56,12 +80,13 @@ class Row:
     r"""One picture.
 
     Attributes:
-        path: The picture's real path, of one in a shard ``SHARD/MEMBER``; control characters and bytes that are not
-            UTF-8 as ``\xNN``, a backslash as ``\\``, so that no two look the same.
+        path: Absolute path of the picture, links followed, of one in a shard ``SHARD/MEMBER``; control characters and
+            bytes that are not UTF-8 as ``\xNN``, a backslash as ``\\``, so that no two look the same.
         status: What became of it.
-        reason: Why it is not done, as a stable string: one of this module's, or of an error of `geosurge.errors`.
-        detail: The same in words; empty when it is done.
-        content_hash: SHA-256 of the file's bytes in hexadecimal; empty where it was not read to its end.
+        reason: Name of the `Reason` why it is not done; empty when it is.
+        detail: The same in words.
+        content_hash: SHA-256 of the file's bytes in hexadecimal, without what the run itself wrote into it; empty where
+            it was not read to its end, and of skipped rows.
         position: What the picture itself says, where it says anything.
         latitude_deg: Latitude of the estimate; also where only writing it into the picture failed.
         longitude_deg: Longitude of the estimate, likewise.

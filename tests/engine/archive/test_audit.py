@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from geosurge.archive.audit import MIN_PROBABILITIES, THRESHOLDS_KM, Audit, Miss, audit
+from geosurge.archive.audit import MIN_PROBABILITIES, Audit, Miss, audit
 from geosurge.archive.rows import Position, Row, Status
+from geosurge.truth import THRESHOLDS_KM
 
 EARTH_RADIUS_KM = 6371.0088
 

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import random
-import re
 import resource
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +12,11 @@ from typing import Any
 
 import pytest
 from support.limits import limited
-from support.metadata import GUESS
 
-from geosurge.archive.decoding import Failure
-from geosurge.archive.ledger import APPLIED, LEDGER_FILE, PREPARED, UNDONE, AnswerKey, Ledger, ToWrite
-from geosurge.archive.rows import Position, Row, Status
+from geosurge.archive.ledger import LEDGER_FILE, AnswerKey, Ledger
+from geosurge.archive.rows import Position, Reason, Row, Status
 from geosurge.archive.sources import Found
-from geosurge.archive.writes import Write
+from geosurge.archive.tasks import Failure
 from geosurge.errors import InputNotReadableError, LedgerError, RunConflictError
 from geosurge.location import Alternative, CredibleRegion, Location, PathCell, Place, Timings
 
@@ -42,7 +38,6 @@ LOCATION = Location(
     timings=Timings(decode_ms=2.5, encode_ms=1.5),
 )
 GONE = InputNotReadableError("it has gone")
-WRITE = Write(b"/photos/0.jpg.xmp", "xmp", False, "", "", "cd" * 32, 0, GUESS)
 
 
 def photos(count: int) -> list[Found]:
@@ -69,7 +64,7 @@ def look(ledger: Ledger) -> list[bytes]:
     """Looks at all that is to be looked at, finding no position."""
     looked_at = list(ledger.to_look_at())
     for noted in looked_at:
-        ledger.looked_at(noted.key, None, "", "")
+        ledger.looked_at(noted.key, None)
     return [noted.found.path for noted in looked_at]
 
 
@@ -79,7 +74,7 @@ def locate(ledger: Ledger, key: AnswerKey = KEY) -> list[bytes]:
     for noted in located:
         known = ledger.answer(content(noted.key), key)
         answer = known[0] if known else ledger.add_answer(content(noted.key), key, LOCATION)
-        ledger.located(noted.key, content(noted.key), answer, "", "")
+        ledger.located(noted.key, content(noted.key), answer)
     return [noted.found.path for noted in located]
 
 
@@ -93,8 +88,8 @@ def test_a_picture_goes_from_found_over_looked_at_to_done(ledger: Ledger) -> Non
     assert not list(ledger.to_locate()), "nothing is located before it was looked at"
     assert [noted.found for noted in ledger.to_look_at()] == photos(3)
     first, second, third = ledger.to_look_at()
-    ledger.looked_at(first.key, Position(1.0, 2.0, "exif"), "HAS_POSITION", "it has one")
-    ledger.looked_at(second.key, None, "", "")
+    ledger.looked_at(first.key, Position(1.0, 2.0, "exif"), Reason("HAS_POSITION", "it has one"))
+    ledger.looked_at(second.key, None)
     ledger.failed(third.key, Failure("SIDECAR_INVALID", "no XMP"))
     assert ledger.counts() == {Status.SKIPPED: 1, Status.FAILED: 1, None: 1}
     assert locate(ledger) == [b"/photos/1.jpg"]
@@ -161,7 +156,7 @@ def test_what_has_a_position_is_looked_at_in_every_run(ledger: Ledger) -> None:
     """A sidecar can change or go without its picture."""
     ledger.note(photos(1))
     (noted,) = ledger.to_look_at()
-    ledger.looked_at(noted.key, Position(1.0, 2.0, "sidecar"), "HAS_POSITION", "it has one")
+    ledger.looked_at(noted.key, Position(1.0, 2.0, "sidecar"), Reason("HAS_POSITION", "it has one"))
     scan_again(ledger, photos(1))
     assert look(ledger) == [b"/photos/0.jpg"]
     locate(ledger)
@@ -192,15 +187,43 @@ def test_a_picture_that_is_found_twice_counts_once(ledger: Ledger) -> None:
     assert ledger.counts() == {None: 2}
 
 
-def test_answers_are_told_apart_by_content_index_encoder_and_options(ledger: Ledger) -> None:
+def test_answers_are_told_apart_by_content_and_options(ledger: Ledger) -> None:
     answer = ledger.add_answer(content(1), KEY, LOCATION)
     known = ledger.answer(content(1), KEY)
     assert known is not None
     assert known[0] == answer
     assert known[1].latitude_deg == LOCATION.latitude_deg
     assert ledger.answer(content(2), KEY) is None
-    for other in ({"index_version": "b"}, {"encoder_hash": "cd"}, {"options": '{"top_k": 1}'}):
-        assert ledger.answer(content(1), replace(KEY, **other)) is None
+    assert ledger.answer(content(1), replace(KEY, options='{"top_k": 1}')) is None
+
+
+def known_answer(ledger: Ledger, key: AnswerKey) -> int | None:
+    known = ledger.answer(content(1), key)
+    return None if known is None else known[0]
+
+
+@pytest.mark.parametrize("other", [{"index_version": "b"}, {"encoder_hash": "cd"}])
+def test_what_another_index_answered_counts_until_it_is_asked_again(other: dict[str, str], ledger: Ledger) -> None:
+    first = ledger.add_answer(content(1), KEY, LOCATION)
+    newer = replace(KEY, **other)
+    assert known_answer(ledger, newer) == known_answer(ledger, KEY) == first
+    ledger.ask_again(newer)
+    assert known_answer(ledger, newer) is None
+    second = ledger.add_answer(content(1), newer, LOCATION)
+    assert known_answer(ledger, newer) == second
+
+
+def test_an_answer_is_that_of_the_index_that_was_asked_again_last(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path, OPTIONS) as ledger:
+        expected = {key: ledger.add_answer(content(1), key, LOCATION) for key in (KEY, OTHER_KEY)}
+        ledger.commit()
+    for asked_again in (OTHER_KEY, KEY, OTHER_KEY):
+        with Ledger.open(tmp_path, OPTIONS) as ledger:
+            ledger.ask_again(asked_again)
+            assert known_answer(ledger, asked_again) == expected[asked_again]
+            ledger.commit()
+        with Ledger.open(tmp_path, OPTIONS) as ledger:
+            assert {known_answer(ledger, key) for key in (KEY, OTHER_KEY)} == {expected[asked_again]}
 
 
 def test_asking_again_takes_what_another_index_answered(ledger: Ledger) -> None:
@@ -208,9 +231,9 @@ def test_asking_again_takes_what_another_index_answered(ledger: Ledger) -> None:
     look(ledger)
     old, new, withheld, bad = ledger.to_locate()
     first = ledger.add_answer(content(1), OTHER_KEY, LOCATION)
-    ledger.located(old.key, content(1), first, "", "")
-    ledger.located(new.key, content(1), ledger.add_answer(content(1), KEY, LOCATION), "", "")
-    ledger.located(withheld.key, content(1), first, "RADIUS_TOO_LARGE", "too large")
+    ledger.located(old.key, content(1), first)
+    ledger.located(new.key, content(1), ledger.add_answer(content(1), KEY, LOCATION))
+    ledger.located(withheld.key, content(1), first, Reason("RADIUS_TOO_LARGE", "too large"))
     ledger.failed(bad.key, Failure("IMAGE_EMPTY", "empty", is_final=True))
     ledger.ask_again(KEY)
     assert locate(ledger) == [old.found.path, withheld.found.path]
@@ -233,57 +256,10 @@ def test_reasons_are_counted_most_frequent_first(ledger: Ledger) -> None:
     for noted, reason in zip(ledger.to_look_at(), "CABABA", strict=True):
         ledger.failed(noted.key, Failure(reason, "why"))
     assert list(ledger.reasons(Status.FAILED).items()) == [("A", 3), ("B", 2), ("C", 1)]
+    assert [ledger.example(Status.FAILED, reason) for reason in "ABC"] == [
+        f"/photos/{number}.jpg" for number in (1, 2, 0)
+    ]
     assert ledger.reasons(Status.SKIPPED) == {}
-
-
-def to_write(ledger: Ledger) -> list[ToWrite]:
-    return list(ledger.to_write("xmp"))
-
-
-def test_a_position_is_to_be_written_until_it_is(ledger: Ledger) -> None:
-    ledger.note(photos(3))
-    look(ledger)
-    done, withheld, other = ledger.to_locate()
-    answer = ledger.add_answer(content(1), KEY, LOCATION)
-    ledger.located(done.key, content(1), answer, "", "")
-    ledger.located(withheld.key, content(1), answer, "PROBABILITY_TOO_LOW", "low")
-    ledger.failed(other.key, Failure("X", "x"))
-    (picture,) = to_write(ledger)
-    assert (picture.key, picture.found, picture.encoder_hash) == (done.key, done.found, KEY.encoder_hash)
-    assert picture.location.longitude_deg == LOCATION.longitude_deg
-
-    ledger.write_prepared(done.key, answer, WRITE)
-    assert [(write, found.path) for _, found, write in ledger.writes(PREPARED)] == [(WRITE, done.found.path)]
-    assert [each.key for each in to_write(ledger)] == [done.key], "what did not come to its end is done again"
-    ledger.write_ended(done.key, "xmp", APPLIED)
-    assert to_write(ledger) == []
-    assert list(ledger.writes(PREPARED)) == []
-    assert ledger.write_of(done.key, "xmp") == WRITE
-    assert len(list(ledger.to_write("exif"))) == 1, "into the picture it was not written"
-
-    ledger.write_ended(done.key, "xmp", UNDONE)
-    assert ledger.write_of(done.key, "xmp") is None
-    assert len(to_write(ledger)) == 1
-    ledger.write_prepared(done.key, answer, WRITE)
-    ledger.write_ended(done.key, "xmp", APPLIED)
-    ledger.located(done.key, content(1), ledger.add_answer(content(1), OTHER_KEY, LOCATION), "", "")
-    assert len(to_write(ledger)) == 1, "another answer is to be written"
-
-
-def test_both_kinds_of_writes_of_many_pictures_can_be_undone(ledger: Ledger) -> None:
-    ledger.note(photos(1200))
-    look(ledger)
-    answer = ledger.add_answer(content(1), KEY, LOCATION)
-    keys = [noted.key for noted in ledger.to_locate()]
-    for key in random.Random(1).sample(keys, len(keys)):
-        ledger.write_prepared(key, answer, WRITE)
-        ledger.write_prepared(key, answer, replace(WRITE, kind="exif"))
-    seen = []
-    for key, _, write in ledger.writes(PREPARED, APPLIED):
-        seen.append((key, write.kind))
-        ledger.write_ended(key, write.kind, UNDONE)
-    assert sorted(seen) == sorted((key, kind) for key in keys for kind in ("xmp", "exif"))
-    assert list(ledger.writes(PREPARED, APPLIED)) == []
 
 
 def test_a_picture_that_the_run_itself_changed_counts_as_unchanged(ledger: Ledger) -> None:
@@ -291,9 +267,11 @@ def test_a_picture_that_the_run_itself_changed_counts_as_unchanged(ledger: Ledge
     look(ledger)
     (noted,) = ledger.to_locate()
     locate(ledger)
-    ledger.picture_is_now(noted.key, 4321, 99)
+    ledger.picture_is_now(noted.key, 4321, 99, content(7))
     scan_again(ledger, [replace(photos(1)[0], size=4321, mtime_ns=99)])
     assert ledger.counts() == {Status.DONE: 1}
+    (row,) = ledger.rows()
+    assert row.content_hash == content(7).hex()
 
 
 def test_what_could_not_be_written_is_located_all_the_same(ledger: Ledger) -> None:
@@ -301,7 +279,7 @@ def test_what_could_not_be_written_is_located_all_the_same(ledger: Ledger) -> No
     look(ledger)
     locate(ledger)
     (row,) = ledger.rows()
-    (picture,) = to_write(ledger)
+    (picture,) = ledger.journal.pending("xmp")
     ledger.failed(picture.key, Failure("FILE_NOT_WRITABLE", "read-only"))
     (failed,) = ledger.rows()
     assert failed == replace(row, status=Status.FAILED, reason="FILE_NOT_WRITABLE", detail="read-only")
@@ -345,7 +323,9 @@ def test_a_dry_run_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_other_options_are_refused_and_spelled_out(tmp_path: Path) -> None:
-    Ledger.open(tmp_path, OPTIONS).close()
+    with Ledger.open(tmp_path, OPTIONS) as ledger:
+        ledger.add_answer(content(1), KEY, LOCATION)
+        ledger.commit()
     Ledger.open(tmp_path, dict(reversed(OPTIONS.items()))).close()
     wanted = {"sources": ["/photos"], "top_k": 3, "region": "47a"}
     with pytest.raises(RunConflictError) as refused:
@@ -359,25 +339,30 @@ def test_other_options_are_refused_and_spelled_out(tmp_path: Path) -> None:
     Ledger.open(tmp_path, OPTIONS).close()
 
 
-def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, OPTIONS):
-        with pytest.raises(RunConflictError, match=r"another run in .* is under way"):
-            Ledger.open(tmp_path, OPTIONS)
-        with pytest.raises(RunConflictError, match=r"another run in .* is under way"):
-            Ledger.reopen(tmp_path)
-    Ledger.reopen(tmp_path).close()
+def test_options_can_be_corrected_before_a_run_comes_to_anything(tmp_path: Path) -> None:
+    Ledger.open(tmp_path, OPTIONS).close()
+    Ledger.open(tmp_path, {"top_k": 3}).close()
+    (tmp_path / "results.csv").touch()
+    Ledger.open(tmp_path, {"top_k": 4}).close()
+    with Ledger.open(tmp_path, {"top_k": 3}) as ledger:
+        ledger.note_outputs(["results.csv"])
+    with pytest.raises(RunConflictError, match="top_k was 3 and is now 5"):
+        Ledger.open(tmp_path, OPTIONS)
+
+
+def test_the_runs_outputs_are_those_that_it_noted(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path, OPTIONS) as ledger:
+        assert not ledger.is_output("results.csv")
+        ledger.note_outputs(["results.csv"])
+        ledger.note_outputs(["report.html", "results.csv"])
+    with Ledger.open(tmp_path, OPTIONS) as ledger:
+        assert [ledger.is_output(name) for name in ("results.csv", "report.html", "results.kml")] == [True, True, False]
 
 
 def test_a_folder_without_a_ledger_holds_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunConflictError, match="holds no run"):
         Ledger.reopen(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
-    (tmp_path / LEDGER_FILE).write_bytes(b"not a database" * 1000)
-    with pytest.raises(LedgerError, match=rf"{re.escape(str(tmp_path))}/{LEDGER_FILE} is damaged"):
-        Ledger.open(tmp_path, OPTIONS)
 
 
 def test_a_ledger_that_is_damaged_further_in_is_named(tmp_path: Path) -> None:
@@ -394,15 +379,6 @@ def test_a_ledger_that_is_damaged_further_in_is_named(tmp_path: Path) -> None:
         Ledger.open(tmp_path, OPTIONS) as ledger,
     ):
         list(ledger.to_look_at())
-
-
-def test_a_ledger_of_another_schema_is_refused(tmp_path: Path) -> None:
-    Ledger.open(tmp_path, OPTIONS).close()
-    with sqlite3.connect(tmp_path / LEDGER_FILE) as database:
-        database.execute("PRAGMA user_version = 99")
-    database.close()
-    with pytest.raises(LedgerError, match="schema version 99"):
-        Ledger.open(tmp_path, OPTIONS)
 
 
 def test_a_full_disk_is_named_wherever_it_shows(tmp_path: Path) -> None:

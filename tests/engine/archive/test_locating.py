@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from support.bad_archive import picture, with_gps
 from support.bundles import make_bundle, tiny_encoder
-from support.runs import WatchedEngine
+from support.runs import WatchedBackend
 
 from geosurge.archive import locating
-from geosurge.archive.decoding import DecodePool
-from geosurge.archive.engines import Query
+from geosurge.archive.backends import Query
 from geosurge.archive.ledger import LEDGER_FILE, Ledger
-from geosurge.archive.locating import Asked, answer_key, locate_pictures, look_for_positions, note_pictures
+from geosurge.archive.locating import Thresholds, answer_key, locate_pictures, look_for_positions, note_pictures
+from geosurge.archive.pool import TaskPool
 from geosurge.archive.rows import Row, Status
 from geosurge.archive.sources import scan
 from geosurge.errors import (
@@ -37,8 +37,8 @@ def locator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locator]:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[DecodePool]:
-    with DecodePool(1) as pool:
+def pool() -> Iterator[TaskPool]:
+    with TaskPool(1) as pool:
         yield pool
 
 
@@ -62,18 +62,35 @@ def add(folder: Path, contents: Sequence[int]) -> None:
         (folder / f"{number:03}.jpg").write_bytes(picture(seed))
 
 
-def prepare(ledger: Ledger, pool: DecodePool, folder: Path, *, audit: bool = False) -> int:
+def ignore(*, failed: bool = False) -> None:
+    """Shows no progress."""
+
+
+def prepare(ledger: Ledger, pool: TaskPool, folder: Path, *, audit: bool = False) -> int:
     """Everything before locating; returns how many calls there were."""
-    steps: list[None] = []
-    note_pictures(ledger, scan([folder]), lambda: None)
-    look_for_positions(ledger, pool, lambda: steps.append(None), audit=audit)
+    steps: list[bool] = []
+    note_pictures(ledger, scan([folder]), ignore)
+    look_for_positions(ledger, pool, lambda *, failed=False: steps.append(failed), audit=audit)
     return len(steps)
 
 
-def locate(ledger: Ledger, pool: DecodePool, engine: WatchedEngine, asked: Asked | None = None) -> int:
+def locate(
+    ledger: Ledger,
+    pool: TaskPool,
+    backend: WatchedBackend,
+    options: LocateOptions | None = None,
+    thresholds: Thresholds | None = None,
+) -> int:
     """Locates; returns how many calls there were."""
-    steps: list[None] = []
-    locate_pictures(ledger, pool, engine, asked or Asked(), lambda: steps.append(None))
+    steps: list[bool] = []
+    locate_pictures(
+        ledger,
+        pool,
+        backend,
+        lambda *, failed=False: steps.append(failed),
+        options=options or LocateOptions(),
+        thresholds=thresholds or Thresholds(),
+    )
     return len(steps)
 
 
@@ -89,15 +106,13 @@ def committed(folder: Path) -> int:
     return int(count)
 
 
-def test_answers_are_those_of_the_index_itself(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator
-) -> None:
+def test_answers_are_those_of_the_index_itself(folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator) -> None:
     add(folder, range(7))
     assert prepare(ledger, pool, folder) == 7
     options = LocateOptions(top_k=3, confidence_level=0.5)
-    engine = WatchedEngine(locator, 3)
-    assert locate(ledger, pool, engine, Asked(options)) == 7
-    assert engine.batches == [3, 3, 1]
+    backend = WatchedBackend(locator, 3)
+    assert locate(ledger, pool, backend, options) == 7
+    assert backend.batches == [3, 3, 1]
     expected = locator.locate([picture(seed) for seed in range(7)], options)
     for row, location in zip(ledger.rows(), expected, strict=True):
         assert isinstance(location, Location)
@@ -120,30 +135,30 @@ def test_answers_are_those_of_the_index_itself(
 
 
 def test_a_picture_has_the_same_row_whatever_its_batch_is(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator
 ) -> None:
     add(folder, range(9))
     prepare(ledger, pool, folder)
-    locate(ledger, pool, WatchedEngine(locator, 4))
+    locate(ledger, pool, WatchedBackend(locator, 4))
     together = {name: replace(row, timings=None) for name, row in rows(ledger).items()}
     for number in range(9):
         out = folder.parent / f"alone{number}"
         out.mkdir()
         with Ledger.open(out, {}) as alone:
-            note_pictures(alone, scan([folder / f"{number:03}.jpg"]), lambda: None)
-            look_for_positions(alone, pool, lambda: None, audit=False)
-            locate(alone, pool, WatchedEngine(locator, 4))
+            note_pictures(alone, scan([folder / f"{number:03}.jpg"]), ignore)
+            look_for_positions(alone, pool, ignore, audit=False)
+            locate(alone, pool, WatchedBackend(locator, 4))
             for name, row in rows(alone).items():
                 assert replace(row, timings=None) == together[name]
 
 
-def test_equal_contents_are_located_once(folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator) -> None:
+def test_equal_contents_are_located_once(folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator) -> None:
     contents = [0, 1, 0, 2, 0, 1, 3, 3, 3, 4, 0]
     add(folder, contents)
     prepare(ledger, pool, folder)
-    engine = WatchedEngine(locator, 2)
-    assert locate(ledger, pool, engine) == len(contents)
-    assert engine.count == 5
+    backend = WatchedBackend(locator, 2)
+    assert locate(ledger, pool, backend) == len(contents)
+    assert backend.count == 5
     by_content: dict[int, set[Row]] = {}
     for seed, row in zip(contents, ledger.rows(), strict=True):
         assert row.status is Status.DONE
@@ -152,36 +167,48 @@ def test_equal_contents_are_located_once(folder: Path, ledger: Ledger, pool: Dec
 
     (folder / "late.jpg").write_bytes(picture(1))
     prepare(ledger, pool, folder)
-    assert locate(ledger, pool, engine) == 1
-    assert engine.count == 5, "nor in another run"
+    assert locate(ledger, pool, backend) == 1
+    assert backend.count == 5, "nor in another run"
     assert replace(rows(ledger)["late.jpg"], path="") in by_content[1]
 
 
+def test_a_long_run_of_copies_does_not_wait_for_a_batch_to_fill(
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locating, "_MAX_WAITING", 10)
+    add(folder, [0] * 20 + [1] * 20 + [2] * 20)
+    prepare(ledger, pool, folder)
+    backend = WatchedBackend(locator, 8)
+    assert locate(ledger, pool, backend) == 60
+    assert backend.batches == [1, 1, 1]
+    assert ledger.counts() == {Status.DONE: 60}
+
+
 def test_what_is_located_already_or_cannot_be_is_left_out(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator
 ) -> None:
     add(folder, range(3))
     (folder / "placed.jpg").write_bytes(with_gps(5, 20.0, 30.0))
     (folder / "text.jpg").write_bytes(b"no picture")
     assert prepare(ledger, pool, folder) == 5
-    engine = WatchedEngine(locator, 8)
-    assert locate(ledger, pool, engine) == 4
-    assert engine.batches == [3]
+    backend = WatchedBackend(locator, 8)
+    assert locate(ledger, pool, backend) == 4
+    assert backend.batches == [3]
     assert rows(ledger)["placed.jpg"].reason == "HAS_POSITION"
     assert "20.000000, 30.000000 (exif)" in rows(ledger)["placed.jpg"].detail
     text = rows(ledger)["text.jpg"]
     assert (text.status, text.reason, len(text.content_hash)) == (Status.FAILED, "IMAGE_NOT_DECODABLE", 64)
     assert prepare(ledger, pool, folder) == 1, "only a position may have changed without its picture"
-    assert locate(ledger, pool, engine) == 0
+    assert locate(ledger, pool, backend) == 0
 
 
 def test_in_an_audit_only_pictures_with_a_position_count(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator
 ) -> None:
     add(folder, range(2))
     (folder / "placed.jpg").write_bytes(with_gps(5, 20.0, 30.0))
     prepare(ledger, pool, folder, audit=True)
-    assert locate(ledger, pool, WatchedEngine(locator, 8)) == 1
+    assert locate(ledger, pool, WatchedBackend(locator, 8)) == 1
     placed = rows(ledger)["placed.jpg"]
     assert placed.status is Status.DONE
     assert placed.position is not None
@@ -191,7 +218,7 @@ def test_in_an_audit_only_pictures_with_a_position_count(
 
 
 def test_weak_guesses_are_held_back_without_their_place(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator
 ) -> None:
     add(folder, range(12))
     answers = locator.locate([picture(seed) for seed in range(12)])
@@ -199,7 +226,7 @@ def test_weak_guesses_are_held_back_without_their_place(
     least = sorted(location.probability for location in locations)[6] - 1e-5
     largest = sorted(location.radius_km for location in locations)[6] + 1e-2
     prepare(ledger, pool, folder)
-    locate(ledger, pool, WatchedEngine(locator, 8), Asked(LocateOptions(), least, largest))
+    locate(ledger, pool, WatchedBackend(locator, 8), thresholds=Thresholds(least, largest))
     reasons = set()
     for row, location in zip(ledger.rows(), locations, strict=True):
         reasons.add(row.reason)
@@ -220,7 +247,7 @@ def test_weak_guesses_are_held_back_without_their_place(
 
 
 @dataclass(frozen=True)
-class Refusing(WatchedEngine):
+class Refusing(WatchedBackend):
     """Has no answer to the first picture of each batch."""
 
     error: GeoSurgeError = field(default_factory=lambda: EmbeddingInvalidError("the embedding is not finite"))
@@ -230,7 +257,7 @@ class Refusing(WatchedEngine):
 
 
 def test_a_picture_without_an_answer_fails_alone_and_is_asked_for_again(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator
 ) -> None:
     add(folder, [0, 1, 0, 2])
     prepare(ledger, pool, folder)
@@ -242,25 +269,25 @@ def test_a_picture_without_an_answer_fails_alone_and_is_asked_for_again(
     ]
     assert all(len(row.content_hash) == 64 for row in failed)
     prepare(ledger, pool, folder)
-    engine = WatchedEngine(locator, 4)
-    assert locate(ledger, pool, engine) == 2
-    assert engine.count == 1
+    backend = WatchedBackend(locator, 4)
+    assert locate(ledger, pool, backend) == 2
+    assert backend.count == 1
     assert ledger.counts() == {Status.DONE: 4}
 
 
 def test_an_answer_that_would_be_every_pictures_ends_the_run(folder: Path, ledger: Ledger, locator: Locator) -> None:
     add(folder, range(3))
-    with DecodePool(1) as pool:
+    with TaskPool(1) as pool:
         prepare(ledger, pool, folder)
         with pytest.raises(UsageError, match="no leaf is left"):
             locate(ledger, pool, Refusing(locator, 4, error=RegionEmptyError("no leaf is left")))
-    with DecodePool(1) as pool, pytest.raises(OverloadedError):
+    with TaskPool(1) as pool, pytest.raises(OverloadedError):
         locate(ledger, pool, Refusing(locator, 4, error=OverloadedError("no room")))
     assert ledger.counts() == {None: 3}
 
 
 @dataclass(frozen=True)
-class Failing(WatchedEngine):
+class Failing(WatchedBackend):
     """Cannot go on with its first batch, but takes its time over it: the others are located meanwhile."""
 
     concurrency: int = 3
@@ -277,56 +304,63 @@ class Failing(WatchedEngine):
         return answers
 
 
-def test_what_was_located_before_an_engine_failed_is_kept(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator
+def test_what_was_located_before_a_backend_failed_is_kept(
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator
 ) -> None:
     add(folder, range(30))
     prepare(ledger, pool, folder)
-    engine = Failing(locator, 2)
+    backend = Failing(locator, 2)
     # What a pool was doing for somebody who gave up comes out of it for the next one.
-    with DecodePool(1) as own_pool, pytest.raises(ServiceError, match="GPU is lost"):
-        locate(ledger, own_pool, engine)
-    assert engine.count >= 4
-    assert ledger.counts()[Status.DONE] == engine.count
-    assert committed(folder) == engine.count
+    with TaskPool(1) as own_pool, pytest.raises(ServiceError, match="GPU is lost"):
+        locate(ledger, own_pool, backend)
+    assert backend.count >= 4
+    assert ledger.counts()[Status.DONE] == backend.count
+    assert committed(folder) == backend.count
     prepare(ledger, pool, folder)
-    rest = WatchedEngine(locator, 2)
-    assert locate(ledger, pool, rest) == 30 - engine.count
-    assert rest.count == 30 - engine.count
+    rest = WatchedBackend(locator, 2)
+    assert locate(ledger, pool, rest) == 30 - backend.count
+    assert rest.count == 30 - backend.count
     assert ledger.counts() == {Status.DONE: 30}
 
 
-def test_an_engine_that_fails_at_once_leaves_everything_to_be_done(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator
+def test_a_backend_that_fails_at_once_leaves_everything_to_be_done(
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator
 ) -> None:
     add(folder, range(5))
     prepare(ledger, pool, folder)
-    with DecodePool(1) as own_pool, pytest.raises(ServiceError):
-        locate(ledger, own_pool, WatchedEngine(locator, 2, fails_after=0))
+    with TaskPool(1) as own_pool, pytest.raises(ServiceError):
+        locate(ledger, own_pool, WatchedBackend(locator, 2, fails_after=0))
     assert ledger.counts() == {None: 5}
 
 
 def test_known_contents_are_committed_as_others_are(
-    folder: Path, ledger: Ledger, pool: DecodePool, locator: Locator, monkeypatch: pytest.MonkeyPatch
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(folder, [0])
     prepare(ledger, pool, folder)
-    locate(ledger, pool, WatchedEngine(locator, 2))
+    locate(ledger, pool, WatchedBackend(locator, 2))
     add(folder, [0] * 40)
     prepare(ledger, pool, folder)
     monkeypatch.setattr(locating, "_COMMIT_SECONDS", 0.0)
     seen: list[int] = []
-    locate_pictures(ledger, pool, WatchedEngine(locator, 2), Asked(), lambda: seen.append(committed(folder)))
+    locate_pictures(
+        ledger,
+        pool,
+        WatchedBackend(locator, 2),
+        lambda *, failed=False: seen.append(committed(folder)),
+        options=LocateOptions(),
+        thresholds=Thresholds(),
+    )
     assert len(seen) == 40
     assert seen[-1] == 39, "all but the one that it is told of"
 
 
 def test_answers_are_kept_apart_by_what_was_asked(locator: Locator) -> None:
-    engine = WatchedEngine(locator, 2)
+    backend = WatchedBackend(locator, 2)
     keys = [
-        answer_key(engine, options)
+        answer_key(backend, options)
         for options in (LocateOptions(), LocateOptions(top_k=1), LocateOptions(region_tokens=("47",)))
     ]
     assert len(set(keys)) == 3
-    assert keys[0] == answer_key(WatchedEngine(locator, 32), LocateOptions())
+    assert keys[0] == answer_key(WatchedBackend(locator, 32), LocateOptions())
     assert keys[0].index_version == "tiny"

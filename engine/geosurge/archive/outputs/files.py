@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from geosurge.bundle import fsync_directory
+from geosurge.durable_files import fsync_path
 from geosurge.errors import OutputNotWritableError
 
 
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        fsync_directory(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         raise OutputNotWritableError(
             f"cannot write {path}: {error.strerror or error}; make room or mend its folder, then run the same command "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from geosurge.archive.outputs.files import replacing
-from geosurge.archive.outputs.places import COORDINATE_DECIMALS, properties
+from geosurge.archive.outputs.map_properties import COORDINATE_DECIMALS, map_properties
 from geosurge.archive.rows import Row, Status
 
 
@@ -39,7 +39,7 @@ def geojson_writer(path: Path) -> Iterator[Callable[[Row], None]]:
             feature = {
                 "type": "Feature",
                 "geometry": {"type": "Point", "coordinates": position},
-                "properties": properties(row),
+                "properties": map_properties(row),
             }
             text = json.dumps(feature, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             file.write(separator + text.encode())

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from geosurge.archive.outputs.files import replacing
-from geosurge.archive.outputs.places import COORDINATE_DECIMALS, properties
+from geosurge.archive.outputs.map_properties import COORDINATE_DECIMALS, map_properties
 from geosurge.archive.rows import Row, Status
 
 _HEAD: Final = """<?xml version="1.0" encoding="UTF-8"?>
@@ -47,7 +47,7 @@ def kml_writer(path: Path) -> Iterator[Callable[[Row], None]]:
                 return
             data = "".join(
                 f'<Data name="{name}"><value>{_text(str(value))}</value></Data>'
-                for name, value in properties(row).items()
+                for name, value in map_properties(row).items()
                 if value is not None
             )
             longitude = f"{row.longitude_deg:.{COORDINATE_DECIMALS}f}"

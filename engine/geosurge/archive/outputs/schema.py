@@ -44,9 +44,9 @@ _ALTERNATIVE: Final = pa.struct(
     [
         _field("token", pa.string(), "the leaf"),
         _field("probability", pa.float64(), "posterior probability of the leaf"),
-        _field("latitude_deg", pa.float64(), "latitude of the leaf's centre, WGS-84 degrees"),
-        _field("longitude_deg", pa.float64(), "longitude of the leaf's centre, WGS-84 degrees"),
-        _field("place", _PLACE, "place nearest to the leaf's centre, as above"),
+        _field("latitude_deg", pa.float64(), "latitude of the leaf's mean, WGS-84 degrees"),
+        _field("longitude_deg", pa.float64(), "longitude of the leaf's mean, WGS-84 degrees"),
+        _field("place", _PLACE, "place nearest to the leaf's mean, as above"),
     ]
 )
 _TIMINGS: Final = pa.struct(
@@ -64,16 +64,32 @@ SCHEMA: Final = pa.schema(
         _field(
             "path",
             pa.string(),
-            "the picture, as it was found; bytes that are not UTF-8 as `\\xNN`; of one in a shard `SHARD/MEMBER`",
+            "absolute path of the picture, links followed; bytes that are not UTF-8 as `\\xNN`; of one in a shard "
+            "`SHARD/MEMBER`",
             nullable=False,
         ),
         _field("status", pa.string(), "`done`, `skipped`, `withheld` or `failed`", nullable=False),
         _field("reason", pa.string(), "why it is not done: a stable string, such as `IMAGE_TRUNCATED`"),
         _field("detail", pa.string(), "the same in words"),
-        _field("content_hash", pa.string(), "SHA-256 of the file's bytes, hexadecimal"),
+        _field(
+            "content_hash",
+            pa.string(),
+            "SHA-256 of the file's bytes, hexadecimal; without what the run itself wrote into it; null of skipped rows,"
+            " and of failed ones that were not read to their end",
+        ),
         _field("position", _POSITION, "where the picture itself says that it was taken"),
-        _field("latitude_deg", pa.float64(), "latitude of the estimate, WGS-84 degrees; null of withheld rows"),
-        _field("longitude_deg", pa.float64(), "longitude of the estimate, WGS-84 degrees; null of withheld rows"),
+        _field(
+            "latitude_deg",
+            pa.float64(),
+            "latitude of the estimate, WGS-84 degrees; null of skipped and withheld rows, and of failed ones unless"
+            " only writing it failed",
+        ),
+        _field(
+            "longitude_deg",
+            pa.float64(),
+            "longitude of the estimate, WGS-84 degrees; null of skipped and withheld rows, and of failed ones unless"
+            " only writing it failed",
+        ),
         _field(
             "radius_km",
             pa.float64(),
@@ -82,7 +98,7 @@ SCHEMA: Final = pa.schema(
         _field("confidence_level", pa.float64(), "that part of the posterior"),
         _field("probability", pa.float64(), "posterior probability of the most likely leaf; also of withheld rows"),
         _field("cells", pa.list_(_CELL), "cells from level 1 to the most likely leaf"),
-        _field("place", _PLACE, "place nearest to the estimate"),
+        _field("place", _PLACE, "place nearest to the mean of the most likely leaf"),
         _field("alternatives", pa.list_(_ALTERNATIVE), "the most likely leaves, best first"),
         _field("index_version", pa.string(), "name of the index bundle that answered"),
         _field("encoder_hash", pa.string(), "SHA-256 of the encoder that embedded the picture"),

