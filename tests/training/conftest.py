@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from geosurge_training.blue_marble import BlueMarble
+from geosurge_training.data.blue_marble import BlueMarble
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from geosurge.errors import CoordinateOutOfRangeError
-from geosurge_training.places import nearest_places
+from geosurge_training.places import nearest_cities, nearest_places
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,15 @@ def test_coordinates_off_the_globe_are_refused() -> None:
         nearest_places([91.0], [0.0])
     with pytest.raises(CoordinateOutOfRangeError):
         nearest_places([0.0], [float("nan")])
+
+
+def test_nearest_cities_are_the_nearest_places_with_what_they_lie_in() -> None:
+    latitude_deg, longitude_deg = [48.137, -22.5, 1.3, -16.8], [11.575, 17.1, 103.8, 180.0]
+    cities, places = nearest_cities(latitude_deg, longitude_deg), nearest_places(latitude_deg, longitude_deg)
+    assert [(city.name, city.region, city.country_code) for city in cities] == [
+        (place.city, place.region, place.country_code) for place in places
+    ]
+    assert (cities[0].name, cities[0].subregion, cities[0].region) == ("Munich", "Upper Bavaria", "Bavaria")
+    assert cities[2].subregion == ""
+    with pytest.raises(CoordinateOutOfRangeError):
+        nearest_cities([91.0], [0.0])

