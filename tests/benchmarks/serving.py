@@ -41,7 +41,7 @@ from rich.table import Table
 
 from geosurge import store as stores
 from geosurge.client import Client
-from geosurge.demo import default_views, server_process
+from geosurge.commands.demo_steps import default_views, server_process
 from geosurge.location import Location
 from geosurge.locator import Locator
 

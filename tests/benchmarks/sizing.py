@@ -39,10 +39,10 @@ from rich.console import Console
 from rich.table import Table
 
 from geosurge import store as stores
-from geosurge.bundle import ENCODER_DIRECTORY, read_manifest
+from geosurge.bundle import read_manifest
+from geosurge.bundle.manifest import ENCODER_DIRECTORY, Manifest
 from geosurge.client import Client
-from geosurge.demo import default_views
-from geosurge.manifest import Manifest
+from geosurge.commands.demo_steps import default_views
 from geosurge.settings import ServerSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
