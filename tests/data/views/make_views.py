@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from geosurge_training.blue_marble import BlueMarble, Views
+from geosurge_training.data.blue_marble import BlueMarble, Views
 
 IMAGE_SIZE = 384
 COLUMNS = ("path", "latitude_deg", "longitude_deg", "width_km", "rotation_deg")
