@@ -38,7 +38,7 @@ async def test_only_the_thread_that_encodes_keeps_a_team_of_openmp(tmp_path: Pat
             threads = native_threads()
             handle = await loader.open("tiny", path, LoadProgress(), beside_traffic=False)
             # The members of a team end soon after their thread has.
-            wait_until(lambda: native_threads() == threads, "the team of the loading thread ended")
+            wait_until(lambda: native_threads() <= threads, "the team of the loading thread ended")
             await loader.close(handle)
         finally:
             loader.stop()
