@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip uninstall --quiet --yes $(OTHER_FAISS)
-	$(BIN)/python -m pip install --quiet --editable '.[$(FAISS),train,bulk,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(FAISS),train,bulk,heif,dev]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 

@@ -114,6 +114,12 @@ class ImageFormatUnsupportedError(ImageError):
     reason = "IMAGE_FORMAT_UNSUPPORTED"
 
 
+class ImagePlugInMissingError(ImageFormatUnsupportedError):
+    """The image is of a format that can be decoded where a plug-in is installed."""
+
+    reason = "IMAGE_PLUG_IN_MISSING"
+
+
 class EmbeddingInvalidError(InputError):
     """A query embedding has the wrong length, is zero, or is not finite."""
 

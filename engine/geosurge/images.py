@@ -20,6 +20,7 @@ thread-safe.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import struct
@@ -42,6 +43,7 @@ from geosurge.errors import (
     ImageError,
     ImageFormatUnsupportedError,
     ImageNotDecodableError,
+    ImagePlugInMissingError,
     ImageTooLargeError,
     ImageTooManyPixelsError,
     ImageTooSmallError,
@@ -49,8 +51,14 @@ from geosurge.errors import (
     InputNotReadableError,
 )
 
-IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
-"""Formats that can be decoded, by Pillow's names; plug-ins for others, such as HEIC, are not used."""
+_OPTIONAL_FORMATS: Final = {"AVIF": "PIL._avif", "HEIF": "pillow_heif"}
+"""Formats that not every machine can read, and the module without which it cannot."""
+
+IMAGE_FORMATS: Final = (
+    *("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"),
+    *(name for name, module in _OPTIONAL_FORMATS.items() if importlib.util.find_spec(module) is not None),
+)
+"""Formats that can be decoded here, by Pillow's names; HEIF (.heic) needs the extra ``heif``."""
 
 BACKGROUND_RGB: Final = (255, 255, 255)
 """Colour behind transparent pixels: white, the page that most pictures with transparency were made for."""
@@ -84,6 +92,20 @@ class ImageLimits:
 
 DEFAULT_LIMITS: Final = ImageLimits()
 
+
+def _open_avif(stream: io.BytesIO) -> ImageFile.ImageFile:
+    from PIL.AvifImagePlugin import AvifImageFile  # noqa: PLC0415 - megabytes of codec that few runs need
+
+    return AvifImageFile(stream)
+
+
+def _open_heif(stream: io.BytesIO) -> ImageFile.ImageFile:
+    from pillow_heif import HeifImageFile  # noqa: PLC0415 - as above, and an extra
+
+    opened: Callable[[io.BytesIO], ImageFile.ImageFile] = HeifImageFile
+    return opened(stream)
+
+
 # Plugin classes instead of Image.open: opening through them skips Pillow's decompression-bomb check, which warns or
 # raises by a process-wide limit. The JPEG class reads the first picture of a multi-picture (MPO) file, as wanted.
 _PLUGINS: Final[dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
@@ -93,6 +115,8 @@ _PLUGINS: Final[dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
     "TIFF": TiffImageFile,
     "GIF": GifImageFile,
     "BMP": BmpImageFile,
+    "AVIF": _open_avif,
+    "HEIF": _open_heif,
 }
 
 _SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
@@ -102,13 +126,6 @@ _SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"GIF87a", "GIF"),
     (0, b"GIF89a", "GIF"),
     (0, b"BM", "BMP"),
-    (4, b"ftypavif", "AVIF"),
-    (4, b"ftypavis", "AVIF"),
-    (4, b"ftyphe", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
-    (4, b"ftypmsf1", "HEIF"),
-    (4, b"ftypcrx ", "Canon CR3"),
-    (4, b"ftyp", "MP4 video"),
     (0, b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL"),
@@ -142,6 +159,14 @@ _SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"<svg", "SVG"),
     (0, b"\x1a\x45\xdf\xa3", "Matroska video"),
 )
+
+_FORMAT_BY_BRAND: Final = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIF"),
+    **dict.fromkeys((b"mif1", b"mif2", b"msf1"), "HEIF"),
+    b"crx ": "Canon CR3",
+}
+"""Formats of ISO base media; the brands that name a codec go before those of any picture (ISO/IEC 23008-12)."""
 
 _TRANSPOSE_BY_ORIENTATION: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -272,9 +297,13 @@ def _accepted_format(data: bytes, limits: ImageLimits) -> str:
         raise ImageNotDecodableError(
             f"the {len(data)} bytes are not an image: no known signature; send one of {accepted}"
         )
+    if name == "HEIF" and name not in IMAGE_FORMATS:
+        raise ImagePlugInMissingError(
+            "HEIF (.heic) needs a plug-in where it is decoded: pip install 'geosurge[heif]', or convert the image to "
+            f"one of {accepted}"
+        )
     if name not in limits.formats:
-        plug_ins = "" if name in IMAGE_FORMATS else ", whatever plug-ins are installed"
-        raise ImageFormatUnsupportedError(f"{name} is not accepted{plug_ins}; convert the image to one of {accepted}")
+        raise ImageFormatUnsupportedError(f"{name} is not accepted; convert the image to one of {accepted}")
     return name
 
 
@@ -282,10 +311,21 @@ def _recognise(data: bytes) -> str | None:
     for offset, signature, name in _SIGNATURES:
         if data.startswith(signature, offset):
             return name
+    if data.startswith(b"ftyp", 4):
+        return _recognise_media(data)
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith((b"<?xml", b"<!DOCTYPE svg")) and b"<svg" in head:
         return "SVG"
     return None
+
+
+def _recognise_media(data: bytes) -> str:
+    """Tells pictures in ISO base media from videos, by the brands at the start."""
+    end = min(int.from_bytes(data[:4], "big"), 1024)
+    brands = [data[8:12], *(data[place : place + 4] for place in range(16, end, 4))]
+    # A picture's own brand may come after those that any picture has.
+    known = [brand for brand in _FORMAT_BY_BRAND if brand in brands]
+    return _FORMAT_BY_BRAND[known[0]] if known else "MP4 video"
 
 
 def _announced_size(data: bytes, file_format: str) -> tuple[int, int] | None:
@@ -314,18 +354,24 @@ def _ends_early(data: bytes, file_format: str) -> bool:
 
     It only chooses between two reasons for a file that cannot be decoded; it never refuses one that can be.
     """
-    if file_format == "PNG":
-        return not _png_is_complete(data)
-    if file_format == "JPEG":
-        # A trailer may follow the end-of-image marker; a thumbnail's own marker lies near the start.
-        return b"\xff\xd9" not in data[-max(len(data) // 4, 2) :]
-    if file_format == "GIF":
-        return not data.rstrip(b"\x00").endswith(b";")
-    if file_format == "WEBP":
-        return len(data) < 12 or int.from_bytes(data[4:8], "little") + 8 > len(data)
-    if file_format == "BMP":
-        return len(data) < 26 or int.from_bytes(data[2:6], "little") > len(data)
-    return not _tiff_is_complete(data)
+    return not _IS_COMPLETE[file_format](data)
+
+
+def _jpeg_is_complete(data: bytes) -> bool:
+    # A trailer may follow the end-of-image marker; a thumbnail's own marker lies near the start.
+    return b"\xff\xd9" in data[-max(len(data) // 4, 2) :]
+
+
+def _gif_is_complete(data: bytes) -> bool:
+    return data.rstrip(b"\x00").endswith(b";")
+
+
+def _webp_is_complete(data: bytes) -> bool:
+    return len(data) >= 12 and int.from_bytes(data[4:8], "little") + 8 <= len(data)
+
+
+def _bmp_is_complete(data: bytes) -> bool:
+    return len(data) >= 26 and int.from_bytes(data[2:6], "little") <= len(data)
 
 
 def _png_is_complete(data: bytes) -> bool:
@@ -336,6 +382,18 @@ def _png_is_complete(data: bytes) -> bool:
         if kind == b"IEND":
             return True
     return False
+
+
+def _media_is_complete(data: bytes) -> bool:
+    names, offset = set(), 0
+    while offset + 8 <= len(data):
+        size, name = struct.unpack_from(">I4s", data, offset)
+        names.add(name)
+        if size == 1 and offset + 16 <= len(data):
+            (size,) = struct.unpack_from(">Q", data, offset + 8)
+        # The last box may leave its size open.
+        offset = len(data) if size == 0 else offset + max(size, 8)
+    return offset == len(data) and b"mdat" in names
 
 
 def _tiff_is_complete(data: bytes) -> bool:
@@ -354,6 +412,18 @@ def _tiff_is_complete(data: bytes) -> bool:
         if byte_count > 4 and offset + byte_count > len(data):
             return False
     return True
+
+
+_IS_COMPLETE: Final[dict[str, Callable[[bytes], bool]]] = {
+    "JPEG": _jpeg_is_complete,
+    "PNG": _png_is_complete,
+    "WEBP": _webp_is_complete,
+    "TIFF": _tiff_is_complete,
+    "GIF": _gif_is_complete,
+    "BMP": _bmp_is_complete,
+    "AVIF": _media_is_complete,
+    "HEIF": _media_is_complete,
+}
 
 
 def _check_byte_count(byte_count: int, limits: ImageLimits) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,6 +114,8 @@ def valid_files() -> dict[str, bytes]:
         "lzw tiff": encode(plain, "TIFF", compression="tiff_lzw"),
         "deflate tiff": encode(plain, "TIFF", compression="tiff_adobe_deflate"),
         "jpeg tiff": encode(plain, "TIFF", compression="jpeg", quality=95),
+        "avif": encode(plain, "AVIF", quality=95),
+        "heif": encode(plain, "HEIF", quality=95),
     }
 
 
@@ -130,8 +135,10 @@ def test_every_accepted_format_decodes_to_the_plain_picture(name: str) -> None:
         (bytes(4096), ImageNotDecodableError),
         (b"<?xml version='1.0'?><html></html>", ImageNotDecodableError),
         (b"\xff\xd8\xff" + bytes(200) + b"\xff\xd9", ImageNotDecodableError),
-        (b"\x00\x00\x00\x18ftypheic" + bytes(64), ImageFormatUnsupportedError),
-        (b"\x00\x00\x00\x18ftypavif" + bytes(64), ImageFormatUnsupportedError),
+        (b"\x00\x00\x00\x18ftypheic" + bytes(12) + b"\x00\x00\x00\x08mdat", ImageNotDecodableError),
+        (b"\x00\x00\x00\x18ftypavif" + bytes(12) + b"\x00\x00\x00\x08mdat", ImageTruncatedError),
+        (b"\x00\x00\x00\x18ftypisom" + bytes(64), ImageFormatUnsupportedError),
+        (b"\x00\x00\x00\x18ftypcrx " + bytes(64), ImageFormatUnsupportedError),
         (b"%PDF-1.7\n", ImageFormatUnsupportedError),
         (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", ImageFormatUnsupportedError),
         (encode(Image.fromarray(PLAIN), "PPM"), ImageFormatUnsupportedError),
@@ -140,6 +147,8 @@ def test_every_accepted_format_decodes_to_the_plain_picture(name: str) -> None:
         (encode(Image.new("RGB", (1, 1)), "PNG"), ImageTooSmallError),
         (encode(Image.new("RGB", (640, 7)), "JPEG"), ImageTooSmallError),
         (FILES["jpeg"][:-300], ImageTruncatedError),
+        (FILES["avif"][:-30], ImageTruncatedError),
+        (FILES["heif"][:-30], ImageTruncatedError),
     ],
 )
 def test_each_kind_of_bad_input_has_its_own_error(data: bytes, error: type[ImageError]) -> None:
@@ -148,9 +157,90 @@ def test_each_kind_of_bad_input_has_its_own_error(data: bytes, error: type[Image
     assert type(caught.value) is error
 
 
-def test_heic_says_that_no_plug_in_helps_and_what_does() -> None:
-    with pytest.raises(ImageFormatUnsupportedError, match=r"^HEIC .*whatever plug-ins .*; convert the image to .*JPEG"):
-        decode_image(b"\x00\x00\x00\x18ftypheic" + bytes(64))
+WITHOUT_PLUG_IN = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "pillow_heif" else find_spec(name, *rest)
+from geosurge.images import IMAGE_FORMATS, decode_image
+print(IMAGE_FORMATS)
+decode_image(sys.stdin.buffer.read())
+"""
+
+
+def test_heic_without_its_plug_in_says_which_one_it_needs() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PLUG_IN], input=FILES["heif"], capture_output=True, check=False, timeout=120
+    )
+    assert b"HEIF" not in run.stdout
+    last = run.stderr.decode().splitlines()[-1]
+    assert last.startswith("geosurge.errors.ImagePlugInMissingError: HEIF (.heic) needs a plug-in")
+    assert "pip install 'geosurge[heif]', or convert the image to one of JPEG, PNG," in last
+
+
+@pytest.mark.parametrize(
+    ("major", "others", "file_format"),
+    [
+        (b"heic", b"mif1heic", "HEIF"),
+        (b"mif1", b"mif1heic", "HEIF"),
+        (b"mif1", b"miafavif", "AVIF"),
+        (b"mif1", b"", "HEIF"),
+        (b"isom", b"mp41mp42", "MP4 video"),
+    ],
+)
+def test_pictures_in_media_files_are_told_by_any_of_their_brands(major: bytes, others: bytes, file_format: str) -> None:
+    head = struct.pack(">I", 16 + len(others)) + b"ftyp" + major + bytes(4) + others
+    with pytest.raises(ImageFormatUnsupportedError, match=f"^{file_format} is not accepted"):
+        decode_image(head + bytes(64), ImageLimits(formats=("JPEG",)))
+
+
+def announcing(file_format: str, width: int, height: int) -> bytes:
+    data = bytearray(FILES[file_format.lower()])
+    struct.pack_into(">II", data, data.index(b"ispe") + 8, width, height)
+    return bytes(data)
+
+
+def test_a_media_file_is_refused_by_the_size_that_it_announces() -> None:
+    with pytest.raises(ImageTooManyPixelsError, match="12000 x 12000"):
+        decode_image(announcing("AVIF", 12_000, 12_000))
+    # What HEIF announces is compared with its codec's own header first.
+    with pytest.raises(ImageNotDecodableError, match="size signaled in the file"):
+        decode_image(announcing("HEIF", 12_000, 12_000))
+
+
+def test_a_heif_of_more_pixels_than_it_announces_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(buffer, "HEIF", quality=10)
+    data = bytearray(buffer.getvalue())
+    struct.pack_into(">II", data, data.index(b"ispe") + 8, 100, 100)
+    with pytest.raises(ImageNotDecodableError, match="limit exceeded"):
+        decode_image(bytes(data))
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "HEIF"])
+def test_a_turned_picture_in_a_media_file_is_turned_once(file_format: str) -> None:
+    picture = Image.fromarray(PLAIN)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    # One writer takes it from here, the other from there.
+    picture.info["exif"] = exif.tobytes()
+    data = encode(picture, file_format, quality=95, **({"exif": exif} if file_format == "AVIF" else {}))
+    assert b"irot" in data
+    assert difference(data, np.rot90(PLAIN, -1)) < 5.0
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "HEIF"])
+def test_transparency_in_a_media_file_shows_the_page(file_format: str) -> None:
+    alpha = np.zeros((HEIGHT, WIDTH, 1), np.uint8)
+    data = encode(Image.fromarray(np.concatenate([PLAIN, alpha], axis=-1)), file_format, quality=95)
+    assert difference(data, np.full_like(PLAIN, 255)) < 5.0
+
+
+def test_ten_bit_heif_is_read_as_eight() -> None:
+    samples = PLAIN.astype(np.uint16) * 257
+    buffer = io.BytesIO()
+    pillow_heif.encode("RGB;16", (WIDTH, HEIGHT), samples.tobytes(), buffer, quality=95)
+    assert b"hvc1" in buffer.getvalue()
+    assert difference(buffer.getvalue()) < 5.0
 
 
 def test_a_png_that_ends_after_its_header_is_refused_by_its_size() -> None:

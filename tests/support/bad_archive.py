@@ -73,9 +73,9 @@ def with_gps(seed: int, latitude_deg: float, longitude_deg: float) -> bytes:
     return picture(seed, exif=exif)
 
 
-def boxes(brand: bytes, seed: int) -> bytes:
+def boxes(brand: bytes, seed: int, family: bytes = b"mif1") -> bytes:
     """The start of a file of ISO base media, as of HEIC, AVIF and MP4."""
-    return struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1" + brand + b"\0\0\x10\0mdat" + noise(seed, 4088)
+    return struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + family + brand + b"\0\0\x10\0mdat" + noise(seed, 4088)
 
 
 def float_tiff(seed: int) -> bytes:
@@ -160,7 +160,7 @@ _UNSUPPORTED, _TRUNCATED = "IMAGE_FORMAT_UNSUPPORTED", "IMAGE_TRUNCATED"
 
 CONTENTS: tuple[Kind, ...] = (
     _file("empty-{}.jpg", "IMAGE_EMPTY", lambda seed: b""),
-    _file("film-{}.jpg", _UNSUPPORTED, lambda seed: boxes(b"isom", seed)),
+    _file("film-{}.jpg", _UNSUPPORTED, lambda seed: boxes(b"isom", seed, b"mp41")),
     _file("bomb-{}.png", "IMAGE_TOO_MANY_PIXELS", bomb),
     _file("truncated-{}.jpg", _TRUNCATED, lambda seed: picture(seed)[: -200 - seed % 100]),
     _file("truncated-{}.png", _TRUNCATED, lambda seed: picture(seed, "PNG")[: -200 - seed % 100]),
@@ -168,8 +168,8 @@ CONTENTS: tuple[Kind, ...] = (
     _file("noise-{}.JPG", "IMAGE_NOT_DECODABLE", lambda seed: b"\0" + noise(seed, 5000)),
     _file("damaged-{}.png", "IMAGE_NOT_DECODABLE", damaged_png),
     _file("document-{}.jpeg", _UNSUPPORTED, lambda seed: b"%PDF-1.7\n" + noise(seed, 500)),
-    _file("phone-{}.heic", _UNSUPPORTED, lambda seed: boxes(b"heic", seed)),
-    _file("modern-{}.avif", _UNSUPPORTED, lambda seed: boxes(b"avif", seed)),
+    _file("phone-{}.heic", "IMAGE_NOT_DECODABLE", lambda seed: boxes(b"heic", seed)),
+    _file("modern-{}.avif", _TRUNCATED, lambda seed: boxes(b"avif", seed)),
     _file("modern-{}.jxl", _UNSUPPORTED, lambda seed: b"\0\0\0\x0cJXL \r\n\x87\n" + noise(seed, 500)),
     _file("camera-{}.CR2", _UNSUPPORTED, lambda seed: b"II*\0\x10\0\0\0CR\x02\0" + noise(seed, 500)),
     _file("tiny-{}.jpg", "IMAGE_TOO_SMALL", lambda seed: picture(seed, size=(4, 4))),

@@ -17,6 +17,11 @@ from geosurge.archive.metadata.positions import read_claims
 from geosurge.archive.rows import Position
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+"""Containers that positions are written to."""
+
+READ_FORMATS = (*FORMATS, "HEIF", "AVIF")
+"""Containers that positions are read from."""
+
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
 
 BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED, SRATIONAL, DOUBLE = 1, 2, 3, 4, 5, 7, 10, 12

@@ -24,6 +24,7 @@ from geosurge.errors import (
     GeoSurgeError,
     ImageError,
     ImageFormatUnsupportedError,
+    ImagePlugInMissingError,
     ImageTooLargeError,
     ImageTooManyPixelsError,
     ImageTooSmallError,
@@ -62,7 +63,9 @@ class Failure(Reason):
         """
         if by_server and isinstance(error, _LIMIT_ERRORS):
             return cls(error.reason, f"{error} (by the limits of the server; the next run asks again)")
-        return cls(error.reason, str(error), is_final=isinstance(error, ImageError))
+        # A plug-in may be there the next time.
+        is_final = isinstance(error, ImageError) and not isinstance(error, ImagePlugInMissingError)
+        return cls(error.reason, str(error), is_final=is_final)
 
 
 @dataclass(frozen=True)

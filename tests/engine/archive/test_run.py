@@ -16,7 +16,7 @@ import typer
 from support.bad_archive import picture, with_gps
 from support.bundles import make_bundle, tiny_encoder
 from support.limits import limited
-from support.metadata import xmp_packet
+from support.metadata import exif_block, gps, xmp_packet
 from support.runs import Archive, Watcher, never, opening
 
 from geosurge.archive.cluster import CLUSTER_DIRECTORY
@@ -207,6 +207,38 @@ def test_what_failed_for_the_machines_sake_is_tried_again(archive: Archive) -> N
     assert archive.rows()["trip/text.png"] == before
     assert watcher.plans[0].to_locate == 2
     assert backend.count == 2
+
+
+_NO_HEIF = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "pillow_heif" else find_spec(name, *rest)
+"""
+
+
+def test_heic_is_located_once_its_plug_in_is_there(
+    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (archive.folder / "phone.heic").write_bytes(picture(20, "HEIF"))
+    (archive.folder / "placed.heic").write_bytes(
+        picture(21, "HEIF", exif=b"Exif\0\0" + exif_block(gps_tags=gps(12.5, -7.25)))
+    )
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    # Run by every interpreter that finds it, so by those that decode.
+    (hidden / "sitecustomize.py").write_text(_NO_HEIF)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(hidden)
+        archive.run()
+    # A position can be read without it.
+    placed = {"placed.heic": (SKIPPED, "HAS_POSITION")}
+    assert outcomes(archive) == OUTCOMES | placed | {"phone.heic": (FAILED, "IMAGE_PLUG_IN_MISSING")}
+    assert "pip install 'geosurge[heif]'" in archive.rows()["phone.heic"].detail
+
+    backend = archive.backend()
+    archive.run(backend)
+    assert backend.batches == [1]
+    assert outcomes(archive) == OUTCOMES | placed | {"phone.heic": (DONE, "")}
 
 
 def test_a_picture_that_changes_under_the_run_is_located_by_the_next_one(archive: Archive) -> None:

@@ -50,7 +50,7 @@ class Chunk:
 
 
 def container_format(stream: BinaryIO) -> str:
-    """``"JPEG"``, ``"PNG"``, ``"WEBP"`` or ``"TIFF"``; empty for any other file."""
+    """``"JPEG"``, ``"PNG"``, ``"WEBP"``, ``"TIFF"`` or ``"HEIF"`` (AVIF as well); empty for any other file."""
     stream.seek(0)
     header = stream.read(12)
     if header.startswith(_JPEG_START + b"\xff"):
@@ -61,6 +61,9 @@ def container_format(stream: BinaryIO) -> str:
         return "WEBP"
     if header[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "TIFF"
+    # Videos begin with this box as well, and have no box with items.
+    if header[4:8] == b"ftyp":
+        return "HEIF"
     return ""
 
 

@@ -15,11 +15,14 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
+from geosurge.archive.metadata import heif
 from geosurge.archive.metadata.containers import ContainerError, container_format, read_at
 from geosurge.archive.metadata.embedding import embed_exif, find_exif
 from geosurge.archive.metadata.guess import GPS_VERSION, MAP_DATUM, Guess
 from geosurge.archive.metadata.tiff import Directory, Entry, Tiff, TiffError, open_tiff
 from geosurge.errors import ExifInvalidError, FileChangedError, WriteUnsupportedError
+
+_WRITABLE: Final = ("JPEG", "PNG", "WEBP", "TIFF")
 
 _GPS_POINTER: Final = 0x8825
 _VERSION, _LATITUDE_REF, _LATITUDE, _LONGITUDE_REF, _LONGITUDE = 0, 1, 2, 3, 4
@@ -92,6 +95,9 @@ def exif_stream(image: BinaryIO) -> BinaryIO | None:
     file_format = container_format(image)
     if file_format == "TIFF":
         return image
+    if file_format == "HEIF":
+        structure = heif.exif_structure(image)
+        return None if structure is None else io.BytesIO(structure)
     block = find_exif(image, file_format) if file_format else None
     return None if block is None else io.BytesIO(read_at(image, block.data, block.size))
 
@@ -109,7 +115,7 @@ def add_guess(data: bytes, guess: Guess) -> bytes:
     """
     stream = io.BytesIO(data)
     file_format = container_format(stream)
-    if not file_format:
+    if file_format not in _WRITABLE:
         raise WriteUnsupportedError("EXIF is written to JPEG, PNG, WebP and TIFF only; write XMP sidecars instead")
     try:
         if file_format == "TIFF":
@@ -135,7 +141,9 @@ def remove_guess(data: bytes, guess: Guess) -> bytes:
     stream = io.BytesIO(data)
     file_format = container_format(stream)
     try:
-        block = None if file_format == "TIFF" else find_exif(stream, file_format) if file_format else None
+        if file_format not in _WRITABLE:
+            return data
+        block = None if file_format == "TIFF" else find_exif(stream, file_format)
         if file_format != "TIFF" and block is None:
             return data
         old = data if block is None else data[block.data : block.data + block.size]

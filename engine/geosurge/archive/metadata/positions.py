@@ -1,9 +1,10 @@
 """Where a picture says that it was taken: in its EXIF, in the XMP inside it, or in a sidecar.
 
 A position counts only if it is one: (0, 0), which devices write when they know nothing, values that are no numbers or
-outside the globe, and values without their hemisphere count as absent. EXIF is read from JPEG, PNG (eXIf), WebP, TIFF
-and raw files built like TIFF; XMP from the same, without JPEG's extended packets, whose parts hold what is too large
-for the first one. No pixel is decoded, and no more than `containers.MAX_METADATA_BYTES` of metadata is ever read.
+outside the globe, and values without their hemisphere count as absent. EXIF is read from JPEG, PNG (eXIf), WebP, HEIF,
+AVIF, TIFF and raw files built like TIFF; XMP from the same, without JPEG's extended packets, whose parts hold what is
+too large for the first one. No pixel is decoded, and no more than `containers.MAX_METADATA_BYTES` of metadata is ever
+read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from geosurge.archive.metadata import xmp
+from geosurge.archive.metadata import heif, xmp
 from geosurge.archive.metadata.containers import (
     MAX_METADATA_BYTES,
     ContainerError,
@@ -154,6 +155,9 @@ def _embedded_packets(image: BinaryIO) -> Iterator[bytes]:
     file_format = container_format(image)
     if file_format == "TIFF":
         yield from _tiff_packet(image)
+    elif file_format == "HEIF":
+        with contextlib.suppress(ContainerError):
+            yield from heif.xmp_packets(image)
     elif file_format:
         try:
             for chunk in chunks(image, file_format):

@@ -11,9 +11,9 @@ import pytest
 from support import exiftool
 from support.metadata import (
     BYTE,
-    FORMATS,
     GUESS,
     RATIONAL,
+    READ_FORMATS,
     Field,
     exif_block,
     first_position,
@@ -67,7 +67,7 @@ def test_positions_that_exiftool_writes_are_read(tmp_path: Path) -> None:
     expected: dict[Path, Position] = {}
     tags: dict[Path, dict[str, object]] = {}
     for number, (latitude, longitude) in enumerate(places):
-        file_format = FORMATS[number % 4]
+        file_format = READ_FORMATS[number % len(READ_FORMATS)]
         path = tmp_path / f"{number}.{file_format.lower()}"
         path.write_bytes(picture(file_format))
         group = "XMP-exif" if number % 3 == 0 else "GPS"
@@ -88,7 +88,7 @@ def test_positions_that_exiftool_writes_are_read(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", READ_FORMATS)
 def test_xmp_is_read_in_every_container(file_format: str) -> None:
     assert read(with_xmp(file_format, here("1,30.0N", "2,0.0W").encode())) == Position(1.5, -2.0, "xmp")
 
@@ -175,10 +175,17 @@ def test_what_is_no_picture_has_no_position(data: bytes) -> None:
     assert read(data) is None
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", READ_FORMATS)
 def test_damage_anywhere_never_raises(file_format: str) -> None:
     chance = random.Random(file_format)
-    sound = add_guess(with_xmp(file_format, here("5,0.0N", "6,0.0E").encode()), GUESS)
+    packet = here("5,0.0N", "6,0.0E").encode()
+    # Into these two nothing is written by the engine.
+    boxed = file_format in ("HEIF", "AVIF")
+    sound = (
+        with_xmp(file_format, packet, exif=b"Exif\0\0" + exif_block(gps_tags=gps(1, 2)))
+        if boxed
+        else add_guess(with_xmp(file_format, packet), GUESS)
+    )
     for _ in range(300):
         data = bytearray(sound)
         for _ in range(chance.choice([1, 3, 30])):
@@ -187,7 +194,7 @@ def test_damage_anywhere_never_raises(file_format: str) -> None:
         assert found is None or (abs(found.latitude_deg) <= 90 and abs(found.longitude_deg) <= 180)
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", READ_FORMATS)
 def test_little_of_a_huge_file_is_read(file_format: str, tmp_path: Path) -> None:
     path = tmp_path / "huge"
     path.write_bytes(picture(file_format))
