@@ -97,8 +97,9 @@ class _SearchPlan:
 class Locator:
     """One index bundle, opened; made by `open`.
 
-    `preprocess`, `validate_options` and `normalise_embedding` may be called from any thread. `encode`, `search`,
-    `locate_embeddings` and `locate` belong to one thread at a time.
+    `preprocess`, `validate_options` and `normalise_embedding` may be called from any thread. `encode` belongs to one
+    thread at a time, and so do, together, `search` and `locate_embeddings`: one batch may be searched while another is
+    encoded. `locate` does both.
 
     Attributes:
         index_version: Name of the bundle; every answer carries it.

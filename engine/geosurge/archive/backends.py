@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -71,11 +72,14 @@ class LocalBackend:
     Attributes:
         locator: The index.
         batch_size: Pictures encoded together.
+        concurrency: Batches at once: one is searched while the next is encoded.
     """
 
     locator: Locator
     batch_size: int
-    concurrency: int = 1
+    concurrency: int = 2
+    _encoding: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
+    _searching: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @property
     def index_version(self) -> str:
@@ -103,14 +107,17 @@ class LocalBackend:
         # Batches of other sizes are computed by other kernels, which round differently: a run that was interrupted, and
         # so had other batches, would end with other last digits.
         pixels[: len(queries)] = np.stack([np.asarray(query) for query in queries])
-        begun = time.perf_counter()
-        embeddings = self.locator.encode(pixels)[: len(queries)]
-        encode_ms = 1000 * (time.perf_counter() - begun)
+        with self._encoding:
+            begun = time.perf_counter()
+            embeddings = self.locator.encode(pixels)[: len(queries)]
+            encode_ms = 1000 * (time.perf_counter() - begun)
+        with self._searching:
+            answers = self.locator.locate_embeddings(embeddings, [options] * len(queries))
         return [
             replace(answer, timings=replace(answer.timings, encode_ms=encode_ms))
             if isinstance(answer, Location)
             else answer
-            for answer in self.locator.locate_embeddings(embeddings, [options] * len(queries))
+            for answer in answers
         ]
 
 

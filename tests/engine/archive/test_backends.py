@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from support.bad_archive import bomb, picture
 from support.bundles import make_bundle, make_store, tiny_encoder
 from support.servers import background_server, settings_for
 
-from geosurge.archive.backends import Backend, Query, ServerBackend, open_index, open_server
+from geosurge.archive.backends import Backend, LocalBackend, Query, ServerBackend, open_index, open_server
 from geosurge.errors import (
     BundleNotFoundError,
     EncoderMissingError,
@@ -31,7 +35,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local(bundle: Path) -> Iterator[Backend]:
+def local(bundle: Path) -> Iterator[LocalBackend]:
     with open_index(bundle, "cpu", 4) as backend:
         yield backend
 
@@ -56,7 +60,7 @@ def test_an_index_says_who_it_is(local: Backend, bundle: Path, tmp_path: Path) -
     assert local.index_version == "tiny"
     assert local.encoder_hash == tiny_encoder().fingerprint
     assert local.preprocessing == tiny_encoder().preprocessing
-    assert (local.limits, local.batch_size, local.concurrency) == (DEFAULT_LIMITS, 4, 1)
+    assert (local.limits, local.batch_size, local.concurrency) == (DEFAULT_LIMITS, 4, 2)
     store = make_store(tmp_path / "store", {"first": tiny_encoder(), "second": tiny_encoder(seed=1)})
     with open_index(store, "cpu", 4) as backend:
         assert backend.index_version == "first", "of a store the active one"
@@ -69,6 +73,35 @@ def test_an_answer_does_not_depend_on_the_batch_to_the_last_digit(local: Backend
         together = [numbers(each) for each in local.locate(queries[:size], OPTIONS)]
         assert together == alone[:size]
     assert len(set(alone)) > 1
+
+
+def test_a_batch_is_searched_while_the_next_is_encoded(local: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, under_way, most, overlap = Counter[str](), Counter[str](), Counter[str](), threading.Event()
+
+    def watched(step: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def one(*arguments: object) -> object:
+            begun[step] += 1
+            under_way[step] += 1
+            most[step] = max(most[step], under_way[step])
+            if step == "encode" and begun[step] == 2:
+                overlap.set()
+            if step == "search":
+                assert overlap.wait(60), "the second batch is encoded before the first has been searched"
+            outcome = work(*arguments)
+            under_way[step] -= 1
+            return outcome
+
+        return one
+
+    monkeypatch.setattr(local.locator, "encode", watched("encode", local.locator.encode))
+    search = local.locator.locate_embeddings
+    monkeypatch.setattr(local.locator, "locate_embeddings", watched("search", search))
+    queries = decoded(local, IMAGES[:2])
+    with ThreadPoolExecutor(local.concurrency) as threads:
+        outcomes = [outcome for (outcome,) in threads.map(lambda query: local.locate([query], OPTIONS), queries)]
+    monkeypatch.undo()
+    assert most == {"encode": 1, "search": 1}
+    assert list(map(numbers, outcomes)) == [numbers(local.locate([query], OPTIONS)[0]) for query in queries]
 
 
 def test_encoding_is_timed(local: Backend) -> None:
