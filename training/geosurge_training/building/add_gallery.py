@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from geosurge.bundle import Bundle, open_bundle
-from geosurge.bundle.manifest import BUNDLE_NAME, CalibrationInfo
+from geosurge.bundle.manifest import CalibrationInfo
 from geosurge.bundle.verifying import verify_bundle
 from geosurge.cells import CellTree
 from geosurge.encoder import ImageEncoder
 from geosurge.errors import ConfigurationError
 from geosurge.store import resolve_bundle
-from geosurge_training.building.bundling import aside_of, finish_aside, place_aside
+from geosurge_training.building.bundling import aside_of, check_bundle_place, finish_aside, place_aside
 from geosurge_training.building.calibrate import calibrate_on_source
 from geosurge_training.building.gallery import encode_references, write_gallery
 from geosurge_training.data.open_source import open_source
@@ -58,8 +58,9 @@ def add_gallery(recipe: Recipe, run: Path, bundle_or_store: Path, out: Path, cou
             f"the bundle {path} was not trained with this recipe, whose source is {recipe.data.source}, but on "
             f"{manifest.domain.training!r}"
         )
-    if out.exists() or not BUNDLE_NAME.fullmatch(out.name):
-        raise ConfigurationError(f"{out} exists or cannot be a bundle's name; give another --out")
+    if out.exists():
+        raise ConfigurationError(f"{out} exists; give another --out")
+    check_bundle_place(out)
     _check_run(recipe, run, bundle)
     encoder = ImageEncoder.load(bundle.encoder_path, recipe.training.device)
     source = open_source(recipe, encoder, run)

@@ -23,13 +23,14 @@ from geosurge.bundle.manifest import (
     GoldenImage,
     LevelInfo,
     Manifest,
+    check_bundle_name,
     encode_embedding,
     installed_library_versions,
 )
 from geosurge.bundle.verifying import verify_bundle
 from geosurge.cells import CellRows, CellTree, write_cell_tree
 from geosurge.encoder import ImageEncoder
-from geosurge.errors import BundleInconsistentError
+from geosurge.errors import BundleInconsistentError, ConfigurationError
 from geosurge.search import HierarchicalIndex
 from geosurge_training.building.embedded import EmbeddedBatch
 from geosurge_training.building.gallery import write_gallery
@@ -132,6 +133,18 @@ def write_bundle(
     )
     finish_aside(final, manifest)
     return place_aside(final)
+
+
+def check_bundle_place(final: Path) -> None:
+    """Refuses, before the work, a directory whose name cannot be a bundle's.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    try:
+        check_bundle_name(final.name)
+    except ValueError as error:
+        raise ConfigurationError(f"{final.name!r} cannot be a bundle's name: {error}") from error
 
 
 def aside_of(final: Path) -> Path:

@@ -14,10 +14,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from geosurge.bundle.manifest import BUNDLE_NAME, CalibrationInfo
+from geosurge.bundle.manifest import CalibrationInfo
 from geosurge.encoder import ImageEncoder
-from geosurge.errors import ConfigurationError
-from geosurge_training.building.bundling import GOLDEN_QUERIES, write_bundle
+from geosurge_training.building.bundling import GOLDEN_QUERIES, check_bundle_place, write_bundle
 from geosurge_training.building.calibrate import calibrate_bundle
 from geosurge_training.partitions.interface import Partition
 from geosurge_training.partitions.make import partition_samples
@@ -119,10 +118,7 @@ def build_prototypes(
         BundleError: What was built does not verify.
     """
     options = options or PrototypeOptions()
-    if not BUNDLE_NAME.fullmatch(out.name):
-        raise ConfigurationError(
-            f"{out.name!r} cannot be a bundle's name: it has letters, digits, '.', '_' and '-', at most 200"
-        )
+    check_bundle_place(out)
     encoded = encode_pictures(pictures, encoder, out)
     parts = split_pictures(encoded, options.seed)
     section = partition_section(options.cells, len(parts.means), options.tau_max, options.tau_min)
