@@ -12,7 +12,7 @@ What is done to the pixels, in this order:
 3. Transparency is composited on `BACKGROUND_RGB`.
 4. CMYK, palette, grey and bilevel pictures become RGB. Embedded colour profiles are ignored: every picture is read as
    sRGB, and CMYK is converted by the naive formula. Four-component JPEG is read as inverted, the way Adobe writes it.
-5. The EXIF (or XMP) orientation is applied; unreadable metadata counts as upright.
+5. The EXIF (or XMP) orientation is applied, of HEIF its own instead; unreadable metadata counts as upright.
 
 Nothing here touches Pillow's global state (``MAX_IMAGE_PIXELS``, ``LOAD_TRUNCATED_IMAGES``): every function is
 thread-safe.
@@ -50,15 +50,10 @@ from geosurge.errors import (
     ImageTruncatedError,
     InputNotReadableError,
 )
+from geosurge.heif import HeifError, read_items
 
-_OPTIONAL_FORMATS: Final = {"AVIF": "PIL._avif", "HEIF": "pillow_heif"}
-"""Formats that not every machine can read, and the module without which it cannot."""
-
-IMAGE_FORMATS: Final = (
-    *("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"),
-    *(name for name, module in _OPTIONAL_FORMATS.items() if importlib.util.find_spec(module) is not None),
-)
-"""Formats that can be decoded here, by Pillow's names; HEIF (.heic) needs the extra ``heif``."""
+IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "HEIF")
+"""Formats that can be decoded, by Pillow's names; HEIF (.heic) where the extra ``heif`` is installed."""
 
 BACKGROUND_RGB: Final = (255, 255, 255)
 """Colour behind transparent pixels: white, the page that most pictures with transparency were made for."""
@@ -93,14 +88,8 @@ class ImageLimits:
 DEFAULT_LIMITS: Final = ImageLimits()
 
 
-def _open_avif(stream: io.BytesIO) -> ImageFile.ImageFile:
-    from PIL.AvifImagePlugin import AvifImageFile  # noqa: PLC0415 - megabytes of codec that few runs need
-
-    return AvifImageFile(stream)
-
-
 def _open_heif(stream: io.BytesIO) -> ImageFile.ImageFile:
-    from pillow_heif import HeifImageFile  # noqa: PLC0415 - as above, and an extra
+    from pillow_heif import HeifImageFile  # noqa: PLC0415 - an extra, and megabytes of codec that few runs need
 
     opened: Callable[[io.BytesIO], ImageFile.ImageFile] = HeifImageFile
     return opened(stream)
@@ -115,7 +104,6 @@ _PLUGINS: Final[dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
     "TIFF": TiffImageFile,
     "GIF": GifImageFile,
     "BMP": BmpImageFile,
-    "AVIF": _open_avif,
     "HEIF": _open_heif,
 }
 
@@ -178,6 +166,10 @@ _TRANSPOSE_BY_ORIENTATION: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_MAX_HEIF_BOXES: Final = 1000
+_MAX_DECODED_PIXELS: Final = 2.5
+"""Pixels of all parts of a HEIF over the limit of a picture: tiles reach over its edge, alpha comes on top."""
+
 _EXIF_ORIENTATION: Final = 0x0112
 _TIFF_PHOTOMETRIC: Final = 262
 _TIFF_WHITE_IS_ZERO: Final = 0
@@ -204,6 +196,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, draft_side: 
         ImageNotDecodableError: The bytes are not an image, or are a damaged one.
         ImageTruncatedError: The file ends before its pixels do.
         ImageFormatUnsupportedError: An image, but not of an accepted format or kind of sample.
+        ImagePlugInMissingError: HEIF, and its plug-in is not installed.
         ImageTooManyPixelsError: The header announces more pixels than ``limits.max_pixels``.
         ImageTooSmallError: A side is shorter than ``limits.min_side_px``.
     """
@@ -211,6 +204,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, draft_side: 
         raise ImageEmptyError("the image has 0 bytes; send the encoded file")
     _check_byte_count(len(data), limits)
     file_format = _accepted_format(data, limits)
+    if file_format == "HEIF":
+        _check_heif(data, limits)
     if announced := _announced_size(data, file_format):
         _check_pixel_count(announced, limits)
     try:
@@ -223,17 +218,26 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, draft_side: 
             return _upright_rgb(image)
     except ImageError:
         raise
+    except ImportError as error:
+        raise ImagePlugInMissingError(
+            f"{file_format} needs a plug-in where it is decoded ({error}); pip install 'geosurge[heif]', or convert "
+            f"the image to one of {', '.join(readable_formats(limits))}"
+        ) from error
     except Image.DecompressionBombError as error:
         raise ImageTooManyPixelsError(f"the {file_format} announces too many pixels: {error}") from error
     except Exception as error:
         # Pillow and its codecs raise OSError, SyntaxError, ValueError, struct.error, zlib.error, MemoryError and more.
         if _ends_early(data, file_format) or "truncated" in str(error).lower():
-            raise ImageTruncatedError(
-                f"the {file_format} ends before its pixels do ({len(data)} bytes received); send the whole file"
-            ) from error
+            raise _truncated(data, file_format) from error
         raise ImageNotDecodableError(
             f"the {file_format} is damaged and cannot be decoded ({type(error).__name__}: {error})"
         ) from error
+
+
+def readable_formats(limits: ImageLimits = DEFAULT_LIMITS) -> tuple[str, ...]:
+    """The accepted formats that can be decoded in this environment."""
+    has_plug_in = importlib.util.find_spec("pillow_heif") is not None
+    return tuple(name for name in limits.formats if name != "HEIF" or has_plug_in)
 
 
 def normalise_image(image: Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -292,15 +296,10 @@ def read_image_bytes(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT
 
 def _accepted_format(data: bytes, limits: ImageLimits) -> str:
     name = _recognise(data)
-    accepted = ", ".join(limits.formats)
+    accepted = ", ".join(readable_formats(limits))
     if name is None:
         raise ImageNotDecodableError(
             f"the {len(data)} bytes are not an image: no known signature; send one of {accepted}"
-        )
-    if name == "HEIF" and name not in IMAGE_FORMATS:
-        raise ImagePlugInMissingError(
-            "HEIF (.heic) needs a plug-in where it is decoded: pip install 'geosurge[heif]', or convert the image to "
-            f"one of {accepted}"
         )
     if name not in limits.formats:
         raise ImageFormatUnsupportedError(f"{name} is not accepted; convert the image to one of {accepted}")
@@ -384,16 +383,48 @@ def _png_is_complete(data: bytes) -> bool:
     return False
 
 
-def _media_is_complete(data: bytes) -> bool:
-    names, offset = set(), 0
-    while offset + 8 <= len(data):
+def _heif_is_complete(data: bytes) -> bool:
+    offset, has_pixels = 0, False
+    for _ in range(_MAX_HEIF_BOXES):
+        if offset + 8 > len(data):
+            break
         size, name = struct.unpack_from(">I4s", data, offset)
-        names.add(name)
+        has_pixels |= name == b"mdat"
         if size == 1 and offset + 16 <= len(data):
             (size,) = struct.unpack_from(">Q", data, offset + 8)
         # The last box may leave its size open.
         offset = len(data) if size == 0 else offset + max(size, 8)
-    return offset == len(data) and b"mdat" in names
+    return offset <= len(data) and has_pixels
+
+
+def _check_heif(data: bytes, limits: ImageLimits) -> None:
+    """Refuses what the codec would take, and then too long over, or would leave black what is not there."""
+    try:
+        picture = read_items(io.BytesIO(data)).still_picture()
+    except HeifError as error:
+        if not _heif_is_complete(data):
+            raise _truncated(data, "HEIF") from error
+        raise ImageNotDecodableError(f"the HEIF is damaged and cannot be decoded ({error})") from error
+    if picture.foreign_kind:
+        kind = picture.foreign_kind.decode("ascii", "backslashreplace")
+        raise ImageFormatUnsupportedError(
+            f"HEIF is accepted with HEVC in it, as of phones, and not with {kind}; convert the image to one of "
+            f"{', '.join(limits.formats)}"
+        )
+    if not picture.is_whole:
+        raise _truncated(data, "HEIF")
+    _check_pixel_count(picture.size, limits)
+    if picture.decoded_pixels > _MAX_DECODED_PIXELS * limits.max_pixels:
+        raise ImageTooManyPixelsError(
+            f"the HEIF has parts of {picture.decoded_pixels} pixels in all, {_MAX_DECODED_PIXELS} times the limit of "
+            f"{limits.max_pixels} are decoded at most; scale it down"
+        )
+
+
+def _truncated(data: bytes, file_format: str) -> ImageTruncatedError:
+    return ImageTruncatedError(
+        f"the {file_format} ends before its pixels do ({len(data)} bytes received); send the whole file"
+    )
 
 
 def _tiff_is_complete(data: bytes) -> bool:
@@ -421,8 +452,7 @@ _IS_COMPLETE: Final[dict[str, Callable[[bytes], bool]]] = {
     "TIFF": _tiff_is_complete,
     "GIF": _gif_is_complete,
     "BMP": _bmp_is_complete,
-    "AVIF": _media_is_complete,
-    "HEIF": _media_is_complete,
+    "HEIF": _heif_is_complete,
 }
 
 
