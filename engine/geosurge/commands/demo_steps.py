@@ -35,7 +35,7 @@ TRUTH_FILE: Final = "truth.csv"
 START_SECONDS: Final = 240.0
 """A cold start reads PyTorch and the bundle from the disk; on a busy machine that alone can take a minute."""
 
-_READY: Final = re.compile(r"^serving .* on (\S+:\d+)$")
+_READY: Final = re.compile(r"^serving .*? on (\S+:\d+)(?:, \w+ on \S+:\d+)*$")
 _LAST_LINES: Final = 30
 _CREDENTIALS: Final = (f"{ENVIRONMENT_PREFIX}TOKEN", f"{ENVIRONMENT_PREFIX}TLS_")
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.bundles import make_bundle, tiny_encoder
+from support.clients import free_port
 from support.servers import encoded_image
 
 from geosurge.client import Client, RetryPolicy
@@ -89,6 +90,16 @@ def test_credentials_that_the_environment_holds_for_another_server_are_not_asked
     monkeypatch.setenv("GEOSURGE_TOKENS", lines)
     monkeypatch.setenv("GEOSURGE_TOKEN_FILE", str(tmp_path / "tokens"))
     monkeypatch.setenv("GEOSURGE_TLS_CERTIFICATE", str(tmp_path / "none.pem"))
+    with server_process(bundle, start_seconds=START_SECONDS) as address, Client(address) as client:
+        assert client.get_info(timeout_seconds=60).index_version == "tiny"
+
+
+def test_ports_that_the_environment_asks_for_are_told_from_the_servers_own(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where the server says that it listens, so do these.
+    monkeypatch.setenv("GEOSURGE_METRICS_PORT", str(free_port()))
+    monkeypatch.setenv("GEOSURGE_ADMIN_PORT", str(free_port()))
     with server_process(bundle, start_seconds=START_SECONDS) as address, Client(address) as client:
         assert client.get_info(timeout_seconds=60).index_version == "tiny"
 
