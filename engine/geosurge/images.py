@@ -20,7 +20,6 @@ thread-safe.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import struct
@@ -52,8 +51,15 @@ from geosurge.errors import (
 )
 from geosurge.heif import HeifError, read_items
 
-IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "HEIF")
-"""Formats that can be decoded, by Pillow's names; HEIF (.heic) where the extra ``heif`` is installed."""
+IMAGE_FORMATS: Final = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
+"""Formats that are decoded by default, by Pillow's names."""
+
+OWN_FORMATS: Final = (*IMAGE_FORMATS, "HEIF")
+"""Formats that can be decoded: also HEIF (.heic), where the extra ``heif`` is installed.
+
+Its codec can be made to take minutes and gigabytes by a file of kilobytes, whatever is looked at before. It is for
+one's own files, and for processes that may end without harm to others: never for a server.
+"""
 
 BACKGROUND_RGB: Final = (255, 255, 255)
 """Colour behind transparent pixels: white, the page that most pictures with transparency were made for."""
@@ -70,7 +76,7 @@ class ImageLimits:
             limit (179 million unless the process changed it) holds as well.
         min_side_px: Shorter side at least. Eight pixels are one block of a JPEG: anything smaller (tracking pixels,
             spacers, broken thumbnails) holds nothing that could be located and would still get a confident answer.
-        formats: Accepted formats, out of `IMAGE_FORMATS`.
+        formats: Accepted formats, out of `OWN_FORMATS`.
     """
 
     max_bytes: int = 20_000_000
@@ -79,20 +85,27 @@ class ImageLimits:
     formats: tuple[str, ...] = IMAGE_FORMATS
 
     def __post_init__(self) -> None:
-        if unknown := set(self.formats) - set(IMAGE_FORMATS):
-            raise ValueError(f"unknown image formats {sorted(unknown)}; known are {', '.join(IMAGE_FORMATS)}")
+        if unknown := set(self.formats) - set(OWN_FORMATS):
+            raise ValueError(f"unknown image formats {sorted(unknown)}; known are {', '.join(OWN_FORMATS)}")
         if min(self.max_bytes, self.max_pixels, self.min_side_px) < 1:
             raise ValueError(f"image limits must be at least 1, got {self}")
 
 
 DEFAULT_LIMITS: Final = ImageLimits()
 
+OWN_LIMITS: Final = ImageLimits(formats=OWN_FORMATS)
+"""What is accepted of one's own files."""
+
 
 def _open_heif(stream: io.BytesIO) -> ImageFile.ImageFile:
     from pillow_heif import HeifImageFile  # noqa: PLC0415 - an extra, and megabytes of codec that few runs need
 
-    opened: Callable[[io.BytesIO], ImageFile.ImageFile] = HeifImageFile
-    return opened(stream)
+    opener: Callable[[io.BytesIO], ImageFile.ImageFile] = HeifImageFile
+    image = opener(stream)
+    if not image.info["primary"]:
+        # Another one of the file would be shown instead.
+        raise SyntaxError("its primary picture is damaged")
+    return image
 
 
 # Plugin classes instead of Image.open: opening through them skips Pillow's decompression-bomb check, which warns or
@@ -167,9 +180,6 @@ _TRANSPOSE_BY_ORIENTATION: Final = {
 }
 
 _MAX_HEIF_BOXES: Final = 1000
-_MAX_DECODED_PIXELS: Final = 2.5
-"""Pixels of all parts of a HEIF over the limit of a picture: tiles reach over its edge, alpha comes on top."""
-
 _EXIF_ORIENTATION: Final = 0x0112
 _TIFF_PHOTOMETRIC: Final = 262
 _TIFF_WHITE_IS_ZERO: Final = 0
@@ -221,7 +231,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, draft_side: 
     except ImportError as error:
         raise ImagePlugInMissingError(
             f"{file_format} needs a plug-in where it is decoded ({error}); pip install 'geosurge[heif]', or convert "
-            f"the image to one of {', '.join(readable_formats(limits))}"
+            f"the image to one of {', '.join(IMAGE_FORMATS)}"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageTooManyPixelsError(f"the {file_format} announces too many pixels: {error}") from error
@@ -232,12 +242,6 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, draft_side: 
         raise ImageNotDecodableError(
             f"the {file_format} is damaged and cannot be decoded ({type(error).__name__}: {error})"
         ) from error
-
-
-def readable_formats(limits: ImageLimits = DEFAULT_LIMITS) -> tuple[str, ...]:
-    """The accepted formats that can be decoded in this environment."""
-    has_plug_in = importlib.util.find_spec("pillow_heif") is not None
-    return tuple(name for name in limits.formats if name != "HEIF" or has_plug_in)
 
 
 def normalise_image(image: Image.Image, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -296,7 +300,8 @@ def read_image_bytes(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT
 
 def _accepted_format(data: bytes, limits: ImageLimits) -> str:
     name = _recognise(data)
-    accepted = ", ".join(readable_formats(limits))
+    # Nobody converts to what is read in some places only.
+    accepted = ", ".join(each for each in limits.formats if each in IMAGE_FORMATS)
     if name is None:
         raise ImageNotDecodableError(
             f"the {len(data)} bytes are not an image: no known signature; send one of {accepted}"
@@ -398,27 +403,18 @@ def _heif_is_complete(data: bytes) -> bool:
 
 
 def _check_heif(data: bytes, limits: ImageLimits) -> None:
-    """Refuses what the codec would take, and then too long over, or would leave black what is not there."""
+    """Refuses a file that is not all there, of which the codec leaves black what is missing, and a canvas too large."""
     try:
-        picture = read_items(io.BytesIO(data)).still_picture()
+        items = read_items(io.BytesIO(data))
+        canvas, is_whole = items.canvas(), items.is_whole()
     except HeifError as error:
         if not _heif_is_complete(data):
             raise _truncated(data, "HEIF") from error
         raise ImageNotDecodableError(f"the HEIF is damaged and cannot be decoded ({error})") from error
-    if picture.foreign_kind:
-        kind = picture.foreign_kind.decode("ascii", "backslashreplace")
-        raise ImageFormatUnsupportedError(
-            f"HEIF is accepted with HEVC in it, as of phones, and not with {kind}; convert the image to one of "
-            f"{', '.join(limits.formats)}"
-        )
-    if not picture.is_whole:
+    if not is_whole:
         raise _truncated(data, "HEIF")
-    _check_pixel_count(picture.size, limits)
-    if picture.decoded_pixels > _MAX_DECODED_PIXELS * limits.max_pixels:
-        raise ImageTooManyPixelsError(
-            f"the HEIF has parts of {picture.decoded_pixels} pixels in all, {_MAX_DECODED_PIXELS} times the limit of "
-            f"{limits.max_pixels} are decoded at most; scale it down"
-        )
+    if canvas is not None:
+        _check_pixel_count(canvas, limits)
 
 
 def _truncated(data: bytes, file_format: str) -> ImageTruncatedError:

@@ -44,26 +44,13 @@ def locations(places: Mapping[int, Extents], version: int = 0, method: int = 0, 
 
 
 def references(links: Mapping[bytes, Mapping[int, Sequence[int]]], version: int = 0) -> bytes:
-    """By kind (``dimg``, ``auxl``) the items that items refer to."""
+    """By kind (``dimg``, ``thmb``) the items that items refer to."""
     number = "I" if version else "H"
     content = bytes([version, 0, 0, 0])
     for kind, targets_by_source in links.items():
         for source, targets in targets_by_source.items():
             content += box(kind, struct.pack(f">{number}H{len(targets)}{number}", source, len(targets), *targets))
     return box(b"iref", content)
-
-
-def properties(sizes: Mapping[int, tuple[int, int]], *, wide: bool = False) -> bytes:
-    """Widths and heights of the items, each after a property of another kind."""
-    kept = b"".join(box(b"pixi", bytes(8)) + box(b"ispe", struct.pack(">4xII", *size)) for size in sizes.values())
-    entries = b""
-    for place, item in enumerate(sizes):
-        if wide:
-            entries += struct.pack(">IBHH", item, 2, 2 * place + 1, 0x8000 | 2 * place + 2)
-        else:
-            entries += struct.pack(">HBBB", item, 2, 2 * place + 1, 0x80 | 2 * place + 2)
-    ipma = bytes([wide, 0, 0, wide]) + struct.pack(">I", len(sizes)) + entries
-    return box(b"iprp", box(b"ipco", kept) + box(b"ipma", ipma))
 
 
 def primary(item: int, version: int = 0) -> bytes:

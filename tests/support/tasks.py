@@ -53,6 +53,21 @@ class Crashing:
 
 
 @dataclass(frozen=True)
+class Hungry:
+    """Takes memory.
+
+    Attributes:
+        count: Bytes; none of them is ever touched.
+    """
+
+    key: int
+    count: int
+
+    def run(self) -> Looked:
+        return Looked(Position(float(len(bytearray(self.count)) > 0), float(os.getpid()), "exif"))
+
+
+@dataclass(frozen=True)
 class Endless:
     """Never ends."""
 

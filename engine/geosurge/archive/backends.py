@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geosurge.errors import EncoderMissingError, GeoSurgeError, IndexVersionUnknownError, ServiceError
-from geosurge.images import DEFAULT_LIMITS, ImageLimits
+from geosurge.images import DEFAULT_LIMITS, OWN_LIMITS, ImageLimits
 from geosurge.location import LocateOptions, Location
 from geosurge.preprocessing import Preprocessing
 
@@ -172,7 +172,7 @@ def open_index(index: Path, device: str, batch_size: int) -> Iterator[LocalBacke
     """
     from geosurge.locator import Locator  # noqa: PLC0415 - without it, neither torch nor FAISS is needed
 
-    with Locator.open(index, device) as locator:
+    with Locator.open(index, device, limits=OWN_LIMITS) as locator:
         backend = LocalBackend(locator, batch_size)
         _ = backend.preprocessing
         yield backend

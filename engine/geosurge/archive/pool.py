@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import selectors
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Final, Self
 
 from geosurge.archive.tasks import Failure, Outcome, Task
@@ -32,6 +34,12 @@ _TRIES: Final = 2
 _MAX_FAILED_STARTS: Final = 5
 _WATCH_SECONDS: Final = 1.0
 _NICENESS: Final = 5
+
+_MAX_TASK_BYTES: Final = 4 * 2**30
+"""Memory that a process may take on top of what it has when it is ready; a picture of the limit takes 0.7 GB."""
+
+_DATA_PAGES: Final = 5
+"""Place of the size of what can be written, in pages, in /proc/self/statm."""
 
 
 class _Worker:
@@ -215,6 +223,7 @@ def work(descriptor: int) -> None:
     """What a process of the pool does, until the other end of its pipe is closed."""
     # The encoder goes first where both want a core.
     os.nice(_NICENESS)
+    _limit_memory()
     # What Pillow has to say about damaged metadata is no news to the owner of a million pictures.
     warnings.simplefilter("ignore")
     with contextlib.suppress(EOFError, BrokenPipeError), Connection(descriptor) as pipe:
@@ -225,6 +234,21 @@ def work(descriptor: int) -> None:
                 outcome = task.run()
             except GeoSurgeError as error:
                 outcome = Failure.of(error)
+            except MemoryError:
+                detail = f"the picture takes more than {_MAX_TASK_BYTES // 2**30} GiB to decode; leave it out"
+                outcome = Failure("DECODER_CRASHED", detail)
             except Exception as error:  # noqa: BLE001 - a defect here must not cost the other pictures
                 outcome = Failure("INTERNAL", f"the engine failed at this picture: {type(error).__name__}: {error}")
             pipe.send(outcome)
+
+
+def _limit_memory() -> None:
+    """Has allocations fail, or a codec crash, before the system ends some process that has done nothing."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[_DATA_PAGES])
+    except OSError:
+        return
+    most = pages * resource.getpagesize() + _MAX_TASK_BYTES
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))

@@ -90,9 +90,10 @@ def _ask_index(
     queries: Sequence[str | bytes], options: LocateOptions, index: Path, device: str
 ) -> Iterator[Location | GeoSurgeError]:
     resolve_bundle(index)  # A wrong path is told before PyTorch is loaded.
+    from geosurge.images import OWN_LIMITS  # noqa: PLC0415
     from geosurge.locator import Locator  # noqa: PLC0415
 
-    with Locator.open(index, device) as locator:
+    with Locator.open(index, device, limits=OWN_LIMITS) as locator:
         for start in range(0, len(queries), BATCH_SIZE):
             batch = queries[start : start + BATCH_SIZE]
             try:

@@ -15,7 +15,6 @@ from geosurge.errors import (
     ShuttingDownError,
     StreamLimitError,
 )
-from geosurge.images import readable_formats
 from geosurge.location import MAX_BEAM_WIDTH, MAX_TOP_K
 from geosurge.locator import MAX_REGION_TOKENS
 from geosurge.server.admission import Admission, Permit, peer_address
@@ -212,7 +211,7 @@ def info_message(handle: VersionHandle, settings: ServerSettings) -> geolocation
         dimension=manifest.dimension,
         levels=[geolocation_pb2.LevelInfo(level=level.level, cell_count=level.cells) for level in manifest.levels],
         encoder_sha256="" if manifest.encoder is None else manifest.encoder.sha256,
-        image_formats=readable_formats(handle.locator.limits) if manifest.encoder is not None else (),
+        image_formats=handle.locator.limits.formats if manifest.encoder is not None else (),
         limits=geolocation_pb2.Limits(
             max_image_bytes=settings.max_image_bytes,
             max_image_pixels=settings.max_image_pixels,

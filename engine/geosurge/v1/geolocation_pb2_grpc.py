@@ -34,8 +34,8 @@ class GeolocationServiceStub(object):
     |---------------------|----------------------------------------------------------------------|
     | INVALID_ARGUMENT    | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
     |                     | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
-    |                     | IMAGE_FORMAT_UNSUPPORTED, IMAGE_PLUG_IN_MISSING, EMBEDDING_INVALID,  |
-    |                     | OPTION_OUT_OF_RANGE, REGION_CELL_UNKNOWN, REGION_EMPTY,              |
+    |                     | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
+    |                     | REGION_CELL_UNKNOWN, REGION_EMPTY,                                   |
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
@@ -85,8 +85,8 @@ class GeolocationServiceServicer(object):
     |---------------------|----------------------------------------------------------------------|
     | INVALID_ARGUMENT    | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
     |                     | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
-    |                     | IMAGE_FORMAT_UNSUPPORTED, IMAGE_PLUG_IN_MISSING, EMBEDDING_INVALID,  |
-    |                     | OPTION_OUT_OF_RANGE, REGION_CELL_UNKNOWN, REGION_EMPTY,              |
+    |                     | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
+    |                     | REGION_CELL_UNKNOWN, REGION_EMPTY,                                   |
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |
@@ -160,8 +160,8 @@ class GeolocationService(object):
     |---------------------|----------------------------------------------------------------------|
     | INVALID_ARGUMENT    | QUERY_MISSING, IMAGE_EMPTY, IMAGE_NOT_DECODABLE, IMAGE_TRUNCATED,    |
     |                     | IMAGE_TOO_SMALL, IMAGE_TOO_LARGE, IMAGE_TOO_MANY_PIXELS,             |
-    |                     | IMAGE_FORMAT_UNSUPPORTED, IMAGE_PLUG_IN_MISSING, EMBEDDING_INVALID,  |
-    |                     | OPTION_OUT_OF_RANGE, REGION_CELL_UNKNOWN, REGION_EMPTY,              |
+    |                     | IMAGE_FORMAT_UNSUPPORTED, EMBEDDING_INVALID, OPTION_OUT_OF_RANGE,    |
+    |                     | REGION_CELL_UNKNOWN, REGION_EMPTY,                                   |
     |                     | INPUT_INVALID (not a message of the method's type)                   |
     | FAILED_PRECONDITION | ENCODER_MISSING (an image, to an index that answers embeddings only) |
     | NOT_FOUND           | INDEX_VERSION_UNKNOWN                                                |

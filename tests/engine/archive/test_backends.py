@@ -22,7 +22,7 @@ from geosurge.errors import (
     ImageTooManyPixelsError,
     ServiceError,
 )
-from geosurge.images import DEFAULT_LIMITS
+from geosurge.images import OWN_LIMITS
 from geosurge.location import LocateOptions, Location
 
 OPTIONS = LocateOptions(top_k=2)
@@ -60,7 +60,7 @@ def test_an_index_says_who_it_is(local: Backend, bundle: Path, tmp_path: Path) -
     assert local.index_version == "tiny"
     assert local.encoder_hash == tiny_encoder().fingerprint
     assert local.preprocessing == tiny_encoder().preprocessing
-    assert (local.limits, local.batch_size, local.concurrency) == (DEFAULT_LIMITS, 4, 2)
+    assert (local.limits, local.batch_size, local.concurrency) == (OWN_LIMITS, 4, 2)
     store = make_store(tmp_path / "store", {"first": tiny_encoder(), "second": tiny_encoder(seed=1)})
     with open_index(store, "cpu", 4) as backend:
         assert backend.index_version == "first", "of a store the active one"

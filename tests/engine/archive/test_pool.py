@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.processes import wait_until
-from support.tasks import Crashing, Endless, Fine, Raising
+from support.tasks import Crashing, Endless, Fine, Hungry, Raising
 
 from geosurge.archive import pool as module
 from geosurge.archive.pool import TaskPool
@@ -193,3 +193,11 @@ def test_a_pool_that_was_stopped_forgets_what_was_under_way_and_works_again() ->
         assert next(under_way)[0] == 0
         pool.stop()
         assert sorted(outcomes(pool, [Fine(7)])) == [7]
+
+
+def test_a_picture_that_takes_all_memory_fails_alone() -> None:
+    with TaskPool(1) as pool:
+        found = outcomes(pool, [Fine(0), Hungry(1, 2 * 2**30), Hungry(2, 6 * 2**30), Fine(3)])
+    processes = {process_of(found[key]) for key in (0, 1, 3)}
+    assert len(processes) == 1, "the process goes on"
+    assert found[2] == Failure("DECODER_CRASHED", "the picture takes more than 4 GiB to decode; leave it out")

@@ -36,6 +36,7 @@ from geosurge.errors import (
     ServiceError,
     UsageError,
 )
+from geosurge.images import OWN_LIMITS
 from geosurge.location import LocateOptions
 from geosurge.locator import Locator
 
@@ -49,7 +50,7 @@ def locators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Loc
     """Two index versions whose answers differ."""
     folder = tmp_path_factory.mktemp("indexes")
     with (
-        Locator.open(make_bundle(folder / "one", name="one", encoder=tiny_encoder())) as one,
+        Locator.open(make_bundle(folder / "one", name="one", encoder=tiny_encoder()), limits=OWN_LIMITS) as one,
         Locator.open(make_bundle(folder / "two", name="two", encoder=tiny_encoder(), seed=1)) as two,
     ):
         yield {"one": one, "two": two}

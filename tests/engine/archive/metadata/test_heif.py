@@ -53,6 +53,13 @@ def test_what_is_broken_hides_nothing_else() -> None:
     assert list(xmp_packets(file)) == []
 
 
+def test_boxes_that_only_a_picture_needs_may_be_broken() -> None:
+    content = bytes(4) + STRUCTURE
+    about = [information({1: b"Exif"}), locations({1: [(0, len(content))]}, 1, method=1), box(b"idat", content)]
+    file = io.BytesIO(FILE_TYPE + meta(*about, box(b"iref", b"\0"), box(b"iprp", b"broken"), box(b"pitm", b"")))
+    assert coordinate(file) is not None
+
+
 def test_every_xmp_packet_is_read_once() -> None:
     file = heif((XMP, PACKET), (b"mimetext/plain\0", PACKET), (XMP + b"deflate\0", PACKET), (XMP, b"another"))
     assert list(xmp_packets(file)) == [PACKET, b"another"]

@@ -20,7 +20,7 @@ from geosurge.archive.metadata.positions import sidecar_paths
 from geosurge.archive.rows import Status
 from geosurge.archive.sources import Found, ScanCounts, is_picture, scan
 from geosurge.errors import GeoSurgeError, InputNotReadableError, ShardInvalidError, UsageError
-from geosurge.images import decode_image
+from geosurge.images import OWN_LIMITS, decode_image
 
 
 def make(root: Path, *names: str) -> Path:
@@ -397,7 +397,7 @@ def outcome(item: Found) -> tuple[Status, str]:
         with item.open() as file:
             assert first_position(file, sidecar_paths(Path(os.fsdecode(item.path)))) is None
             file.seek(0)
-            decode_image(file.read())
+            decode_image(file.read(), OWN_LIMITS)
     except GeoSurgeError as error:
         return Status.FAILED, error.reason
     return Status.DONE, ""
