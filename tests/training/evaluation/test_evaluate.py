@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import s2sphere
 from PIL import Image
+from support.bad_archive import picture
 from support.bundles import make_bundle, tiny_encoder
 from typer.testing import CliRunner
 
@@ -190,6 +191,13 @@ def test_crops_and_point_estimators_are_those_of_the_locator(bundle: Path, table
     np.testing.assert_allclose(evaluation.outcomes.leaves.probability, probabilities, rtol=1e-6)
     with pytest.raises(UsageError, match="has no gallery"):
         evaluate_images(bundle, dataset, EvaluationOptions(point_estimator="kernel_density"))
+
+
+def test_ones_own_heic_is_read(bundle: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.heic").write_bytes(picture(number, "HEIF"))
+    heic = Dataset("phone", [tmp_path / "0.heic", tmp_path / "1.heic"], np.zeros(2), np.zeros(2))
+    assert len(evaluate_images(bundle, heic, EvaluationOptions(bootstrap=Bootstrap(100))).outcomes.error_km) == 2
 
 
 def test_a_number_of_crops_that_nobody_makes_is_refused(bundle: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bad_archive import picture, with_gps
-from support.metadata import GUESS
+from support.metadata import GUESS, exif_block, gps
 
 from geosurge.archive.metadata.sidecars import add_guess
 from geosurge.errors import ConfigurationError, UsageError
@@ -48,6 +48,16 @@ def test_a_folder_gives_the_pictures_that_say_where_they_were_taken(folder: Path
     assert batch.positions.tolist() == [0]
     assert (batch.latitude_deg.tolist(), batch.longitude_deg.tolist()) == ([47.0], [8.0])
     np.testing.assert_array_equal(batch.pixels, SMALL.decode((folder / "a.jpg").read_bytes())[np.newaxis])
+
+
+def test_a_phones_heic_is_a_picture(folder: Path) -> None:
+    exif = b"Exif\0\0" + exif_block(gps_tags=gps(12.5, -7.25))
+    (folder / "b.heic").write_bytes(picture(5, "HEIF", exif=exif))
+    pictures = open_pictures([folder], None, SMALL)
+    batch = batch_of(pictures)
+    assert pictures.count == 3
+    assert batch.positions.tolist() == [0, 1]
+    np.testing.assert_allclose([batch.latitude_deg[1], batch.longitude_deg[1]], [12.5, -7.25], atol=1e-6)
 
 
 def test_a_guess_of_the_engine_is_no_position(folder: Path) -> None:

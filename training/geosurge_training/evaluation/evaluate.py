@@ -17,7 +17,7 @@ from PIL import Image
 from geosurge.bundle.manifest import PointEstimator
 from geosurge.errors import ConfigurationError, InputError
 from geosurge.geodesy import great_circle_km
-from geosurge.images import read_image_bytes
+from geosurge.images import OWN_LIMITS, read_image_bytes
 from geosurge.location import LocateOptions, Location
 from geosurge.locator import Locator
 from geosurge.preprocessing import CROP_SHARE, CropCount
@@ -62,7 +62,7 @@ class EvaluationOptions:
 
     def open(self, bundle: Path) -> Locator:
         """Opens a bundle to be asked so; see `Locator.open`."""
-        return Locator.open(bundle, self.device, point_estimator=self.point_estimator)
+        return Locator.open(bundle, self.device, limits=OWN_LIMITS, point_estimator=self.point_estimator)
 
 
 DEFAULT_OPTIONS: Final = EvaluationOptions()

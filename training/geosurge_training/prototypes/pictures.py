@@ -5,6 +5,7 @@ Batch i is always the same pictures, so that encoding them can be cut off and go
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from geosurge.archive.sources import Found, scan
 from geosurge.archive.tasks import look
 from geosurge.cores import usable_cores
 from geosurge.errors import ConfigurationError, GeoSurgeError
-from geosurge.images import DEFAULT_LIMITS
+from geosurge.images import OWN_LIMITS
 from geosurge.preprocessing import Preprocessing
 from geosurge_training.data.bad_samples import BadSamples, reason_of
 from geosurge_training.data.blue_marble import SOURCE_NAME, BlueMarble
@@ -142,7 +143,7 @@ class StoredPictures:
     def batch(self, number: int, positions: npt.NDArray[np.int64]) -> PictureBatch:
         """Pictures of a batch; see `Pictures`."""
         rows = number * BATCH_SIZE + positions
-        decode = self._preprocessing.decode
+        decode = functools.partial(self._preprocessing.decode, limits=OWN_LIMITS)
         loaded = list(self._pool.map(lambda row: self._samples.pixels(row, decode), rows.tolist()))
         failed = ((row, reason) for row, reason in zip(rows.tolist(), loaded, strict=True) if isinstance(reason, str))
         self._bad.count(0, ((reason, self._samples.names[row].as_py()) for row, reason in failed))
@@ -273,7 +274,7 @@ def _positioned_pictures(sources: Sequence[Path], max_bad_share: float) -> tuple
 def _read(found: Found) -> bytes:
     with found.open() as file:
         # One byte more than is accepted: a file that is larger still is refused by its length.
-        return file.read(DEFAULT_LIMITS.max_bytes + 1)
+        return file.read(OWN_LIMITS.max_bytes + 1)
 
 
 def _file_state(path: Path) -> tuple[int, int]:
