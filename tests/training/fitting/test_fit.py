@@ -2,12 +2,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.recipes import write_recipe
+from support.trainings import train_until_killed
 
 from geosurge.encoder import ImageEncoder
 from geosurge.errors import ConfigurationError
@@ -232,20 +227,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     steps = 150
     recipe = recipe_in(tmp_path, steps=steps)
     killed = tmp_path / "killed"
-    command = "from geosurge_training.cli import main; main()"
-    arguments = [sys.executable, "-c", command, "fit", str(tmp_path / "recipe.toml"), "--run", str(killed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 200
-    while latest_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    # Any moment will do, in the middle of a step, a checkpoint or a row of the log.
-    time.sleep(random.uniform(0.0, 0.15))
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
-    checkpoint = latest_checkpoint(killed)
-    assert checkpoint is not None
+    checkpoint = train_until_killed(tmp_path / "recipe.toml", killed, most_seconds_after=0.15)
     assert checkpoint.name < f"checkpoint-{steps:09d}"
     fit(recipe, killed)
     fit(recipe, tmp_path / "whole")

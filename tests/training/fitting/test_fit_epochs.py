@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.pictures import CLIP_BACKBONE, picture_recipe, write_pictures
+from support.trainings import train_until_killed
 
 from geosurge.errors import ConfigurationError
 from geosurge_training.data.open_source import open_source
@@ -145,24 +140,8 @@ def test_a_run_killed_in_mid_epoch_resumes_to_the_same_bits_with_all_that_it_kee
         folder, training + 'tower_cache = "other"', vision=CLIP_BACKBONE, frozen=True, dropout=0.2, name="whole.toml"
     )
     run = folder / "killed"
-    command = "from geosurge_training.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, "fit", str(folder / "killed.toml"), "--run", str(run)],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 200
     # The first checkpoint is in mid-epoch, while the cache is still being filled; the kill comes then or soon after.
-    while latest_checkpoint(run) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(random.uniform(0.0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
-    checkpoint = latest_checkpoint(run)
-    assert checkpoint is not None
+    checkpoint = train_until_killed(folder / "killed.toml", run, most_seconds_after=0.3)
     fit(whole, folder / "whole")
     finished = latest_checkpoint(folder / "whole")
     assert finished is not None

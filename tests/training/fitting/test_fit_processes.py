@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.pictures import CLIP_BACKBONE, picture_recipe, write_pictures
+from support.trainings import train_until_killed
 
 from geosurge.errors import ConfigurationError
 from geosurge_training.data.open_source import open_source
@@ -71,26 +66,7 @@ def test_two_processes_agree_with_one_under_dropout_and_resume_to_the_same_bits_
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
     killed = tmp_path / "killed"
-    command = "from geosurge_training.cli import main\nif __name__ == '__main__': main()"
-    script = tmp_path / "train.py"
-    script.write_text(command)
-    process = subprocess.Popen(
-        [sys.executable, str(script), "fit", str(tmp_path / "two.toml"), "--run", str(killed)],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 200
-    while latest_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    time.sleep(random.uniform(0.0, 0.05))
-    os.killpg(process.pid, signal.SIGKILL)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
-    checkpoint = latest_checkpoint(killed)
-    assert checkpoint is not None
+    checkpoint = train_until_killed(tmp_path / "two.toml", killed, most_seconds_after=0.05)
     assert checkpoint.name < "checkpoint-000000030"
     fit(two, killed)
     whole = weights(tmp_path / "two")
