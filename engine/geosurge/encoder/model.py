@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from geosurge.devices import check_torch_device
 from geosurge.encoder.fusion import Fusion, FusionConfig, VisionHead
-from geosurge.encoder.graph import as_graph
+from geosurge.encoder.graph import MAX_PARAMETERS, as_graph
 from geosurge.encoder.segmentation import SegmentationConfig, Segmenter
 from geosurge.encoder.vision import VisionConfig, VisionTower
 from geosurge.errors import EncoderError
@@ -26,6 +27,9 @@ from geosurge.preprocessing import Preprocessing
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+_TOKENS_A_THREAD: Final = 256
+"""Tokens whose products keep a thread of the CPU busy in a large encoder: fewer than an image's of 336 pixels."""
 
 WeightDtype = Literal["float32", "float16"]
 
@@ -158,6 +162,7 @@ class ImageEncoder(nn.Module):
                 cells=rows * columns,
             )
         self._graph: Callable[[Tensor], Tensor] | None = None
+        self._is_large = sum(self.parameter_counts().values()) > MAX_PARAMETERS
         self.eval()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,6 +198,22 @@ class ImageEncoder(nn.Module):
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
             digest.update(values.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def useful_batch_size(self, limit: int) -> int:
+        """How many images are worth computing together.
+
+        A large encoder on the CPU gains nothing from more than keep its threads busy (at full size one for two
+        threads), and each image more takes memory (0.6 GB at full size) and has all others wait for it.
+
+        Args:
+            limit: How many there may be at most.
+
+        Returns:
+            That many, or fewer.
+        """
+        if not self._is_large or self.device.type != "cpu":
+            return limit
+        return min(limit, math.ceil(_TOKENS_A_THREAD * torch.get_num_threads() / self.vision.token_count))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embeds canonical pixels.
@@ -231,7 +252,7 @@ class ImageEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Embeds canonical pixels for search.
+        """Embeds canonical pixels for search; `useful_batch_size` of them are computed together.
 
         Args:
             pixels: (n, 3, image_size, image_size) uint8, as `preprocessing` makes them; n may be 0.
@@ -247,7 +268,8 @@ class ImageEncoder(nn.Module):
         if len(batch) == 0:
             return np.empty((0, self.dimension), dtype=np.float32)
         forward = self._graph if self._graph is not None and batch.device.type == "cpu" else self
-        embeddings: npt.NDArray[np.float32] = forward(batch).cpu().numpy()
+        parts = [forward(part).cpu() for part in torch.split(batch, self.useful_batch_size(len(batch)))]
+        embeddings: npt.NDArray[np.float32] = torch.cat(parts).numpy()
         return embeddings
 
     @torch.inference_mode()

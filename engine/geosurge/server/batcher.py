@@ -6,9 +6,10 @@
 | encode | a thread | images that queued while it was busy, of one encoder |
 | search | a thread (for a lone image, the encoding one) | embeddings that queued while it was busy, of one version |
 
-FAISS and CUDA each want a single thread at a time. A stage that is free takes what is there, up to the largest batch,
-without waiting for more to come. What comes next is decoded and what came before is searched meanwhile. The permits of
-`geosurge.server.admission` bound what is queued in all stages together.
+FAISS and CUDA each want a single thread at a time. A stage that is free takes what is there, up to the largest batch
+(of a large encoder on the CPU: what keeps the cores busy), without waiting for more to come. What comes next is decoded
+and what came before is searched meanwhile. The permits of `geosurge.server.admission` bound what is queued in all
+stages together.
 
 Encoding on the CPU wants the cores that decode. There the two take turns, each on all cores: what has arrived is
 decoded, and then encoded in one batch. Side by side, batches are small and the one disturbs the other. A decoded image
@@ -95,7 +96,7 @@ class _Stage:
         group: Callable[[_Item], object],
         reject: Callable[[list[_Item], GeoSurgeError], None],
         crashed: Callable[[str], None],
-        max_batch_size: int,
+        batch_size: Callable[[_Item], int],
         gather_seconds: float = 0.0,
     ) -> None:
         """Prepares the thread.
@@ -106,7 +107,7 @@ class _Stage:
             group: Key of an item; all items of a batch have the identical object as their key.
             reject: Ends items with an error.
             crashed: Called with the name when the thread ends without having been asked to.
-            max_batch_size: Most items of a batch.
+            batch_size: Most items of a batch that begins with this one.
             gather_seconds: For how long an item waits at most for those that are expected.
         """
         self.name = name
@@ -114,7 +115,7 @@ class _Stage:
         self._group = group
         self._reject = reject
         self._crashed = crashed
-        self._max_batch_size = max_batch_size
+        self._batch_size = batch_size
         self._gather_seconds = gather_seconds
         self._changed = threading.Condition()
         self._queue: deque[_Item] = deque()
@@ -259,7 +260,7 @@ class _Stage:
     @property
     def _is_ready(self) -> bool:
         """Whether there is a batch that waits for nothing."""
-        return bool(self._queue) and (not self._expected or len(self._queue) >= self._max_batch_size)
+        return bool(self._queue) and (not self._expected or len(self._queue) >= self._batch_size(self._queue[0]))
 
     def _wait(self) -> None:
         """Waits for work, and a batch for what is expected.
@@ -283,7 +284,7 @@ class _Stage:
         batch: list[_Item] = []
         expired: list[_Item] = []
         others: list[_Item] = []
-        while self._queue and len(batch) < self._max_batch_size:
+        while self._queue and (not batch or len(batch) < self._batch_size(batch[0])):
             item = self._queue.popleft()
             if item.answer.done():
                 continue
@@ -314,7 +315,7 @@ class Batcher:
             group=lambda item: item.encoder,
             reject=self._reject,
             crashed=self._crash,
-            max_batch_size=max_batch_size,
+            batch_size=lambda item: _encoder_of(item).useful_batch_size(max_batch_size),
             gather_seconds=MAX_TURN_SECONDS if self._takes_turns else 0.0,
         )
         self._search = _Stage(
@@ -323,7 +324,7 @@ class Batcher:
             group=lambda item: item.handle,
             reject=self._reject,
             crashed=self._crash,
-            max_batch_size=max_batch_size,
+            batch_size=lambda _: max_batch_size,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._crashes: asyncio.Future[str] | None = None
@@ -457,12 +458,11 @@ class Batcher:
         begun = time.perf_counter()
         try:
             pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
-            assert batch[0].encoder is not None
             if self._takes_turns:
                 self._turn_begun = begun
                 self._may_decode.clear()
             try:
-                embeddings = batch[0].encoder.encode(pixels)
+                embeddings = _encoder_of(batch[0]).encode(pixels)
             finally:
                 self._may_decode.set()
         except Exception as error:  # noqa: BLE001
@@ -544,6 +544,11 @@ def _decode(item: _Item) -> None:
     item.decode_ms = 1000 * (time.perf_counter() - begun)
 
 
+def _encoder_of(item: _Item) -> ImageEncoder:
+    assert item.encoder is not None
+    return item.encoder
+
+
 def _validate(handle: VersionHandle, options: LocateOptions) -> None:
     with handle.use() as locator:
         locator.validate_options(options)
@@ -551,9 +556,8 @@ def _validate(handle: VersionHandle, options: LocateOptions) -> None:
 
 def _check_encoder(item: _Item) -> None:
     """After a failure: raises what the encoder raises for a black image, as it would for every batch to come."""
-    assert item.encoder is not None
     assert item.pixels is not None
-    item.encoder.encode(np.zeros_like(item.pixels)[np.newaxis])
+    _encoder_of(item).encode(np.zeros_like(item.pixels)[np.newaxis])
 
 
 def _check_search(item: _Item) -> None:

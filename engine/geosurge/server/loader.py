@@ -214,17 +214,19 @@ def warm_up(locator: Locator, batch_size: int, *, encode: bool = True) -> None:
 
     Args:
         locator: What to warm up.
-        batch_size: Size of the batch.
+        batch_size: Most requests of a batch.
         encode: Encode images; otherwise, or without an encoder, search with embeddings alone.
 
     Raises:
         GeoSurgeError: A query was not answered.
     """
     query = warm_up_query(locator)
-    for size in (1, batch_size):
+    for most in (1, batch_size):
         if encode and isinstance(query, bytes):
+            size = locator.encoder.useful_batch_size(most)
             embeddings = locator.encode(np.repeat(locator.preprocess(query)[np.newaxis], size, axis=0))
         else:
+            size = most
             embeddings = np.ones((size, locator.manifest.dimension), dtype=np.float32)
         for outcome in locator.locate_embeddings(embeddings, [LocateOptions()] * size):
             if isinstance(outcome, GeoSurgeError):

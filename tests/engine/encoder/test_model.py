@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from support.backbones import CLASS_COUNT, CLIP, ONEFORMER, RESNET, SEGFORMER, Settings
 
-from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder, SegmentationConfig, VisionConfig
+from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder, SegmentationConfig, VisionConfig, model
 from geosurge.encoder.segmentation import ONEFORMER_TASK_TOKENS, Segmenter
 from geosurge.encoder.vision import VisionTower
 from geosurge.errors import EncoderError
@@ -75,6 +75,30 @@ def test_embeddings_are_unit_rows_whatever_the_batch(encoder: ImageEncoder) -> N
         np.testing.assert_allclose(encoder.encode(pixels[row : row + 1])[0], together[row], atol=1e-5)
     assert encoder.encode(pixels[:0]).shape == (0, encoder.dimension)
     assert encoder.encode(pixels[:0]).dtype == np.float32
+
+
+def test_a_large_encoder_on_the_cpu_computes_what_keeps_its_threads_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = make_encoder()
+    monkeypatch.setattr(model, "MAX_PARAMETERS", 0)
+    large = make_encoder()
+    monkeypatch.setattr(model, "_TOKENS_A_THREAD", large.vision.token_count)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert small.useful_batch_size(1000) == 1000
+    assert [large.useful_batch_size(limit) for limit in (1, 2, 3, 4, 1000)] == [1, 2, 3, 3, 3]
+    monkeypatch.setattr(model, "_TOKENS_A_THREAD", 1)
+    assert large.useful_batch_size(1000) == 1
+    assert large.to("meta").useful_batch_size(1000) == 1000, "not on the CPU"
+
+
+def test_parts_of_a_batch_are_embedded_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, sizes = random_pixels(7), []
+    encoder = make_encoder()
+    together = encoder.encode(pixels)
+    monkeypatch.setattr(encoder, "useful_batch_size", lambda limit: min(limit, 3))
+    with encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]))):
+        parts = encoder.encode(pixels)
+    assert sizes == [3, 3, 1]
+    np.testing.assert_allclose(parts, together, atol=1e-5)
 
 
 @pytest.mark.parametrize("vision", [RESNET, CLIP], ids=["resnet", "clip"])
@@ -375,6 +399,7 @@ def test_the_full_size_encoder_has_the_published_number_of_parameters_and_runs()
         assert f"{count:,}" in (ImageEncoder.__doc__ or "")
     assert (built.vision.grid, built.vision.token_count, built.vision.width) == ((24, 24), 577, 1024)
     assert (built.dimension, built.image_size) == (768, 640)
+    assert built.useful_batch_size(32) == min(32, -(-256 * torch.get_num_threads() // 577))
     v = built.encode(random_pixels(1, 640))
     assert v.shape == (1, 768)
     np.testing.assert_allclose(np.linalg.norm(v), 1.0, atol=1e-5)

@@ -191,6 +191,19 @@ async def test_what_queued_while_the_owner_was_busy_goes_in_one_batch_up_to_the_
     assert batch_sizes(handle) == [8, 8, 4]
 
 
+async def test_a_large_encoder_gets_the_batches_that_it_wants(
+    handle: VersionHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handle.locator.encoder, "useful_batch_size", lambda limit: min(limit, 3))
+    metrics = Metrics()
+    async with started(max_batch_size=8, metrics=metrics) as batcher:
+        async with busy(batcher, "encode"):
+            tasks = [asyncio.create_task(batcher.locate(handle, encoded_image(seed), OPTIONS)) for seed in range(7)]
+            await queued(batcher, 7)
+        await asyncio.gather(*tasks)
+    assert encoded_batches(metrics) == (3, 7)
+
+
 async def test_a_cancelled_member_leaves_its_batch_without_hurting_it(handle: VersionHandle) -> None:
     async with started() as batcher:
         async with busy(batcher):
