@@ -343,7 +343,7 @@ class StoreError(BundleError):
 
 
 class EncoderError(GeoSurgeError):
-    """An encoder cannot be built or loaded."""
+    """An encoder cannot be built, loaded or run."""
 
     grpc_code = "FAILED_PRECONDITION"
     reason = "ENCODER_UNAVAILABLE"

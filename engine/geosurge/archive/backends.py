@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from geosurge.errors import EncoderMissingError, GeoSurgeError, IndexVersionUnknownError, ServiceError
+from geosurge.errors import EncoderError, EncoderMissingError, GeoSurgeError, IndexVersionUnknownError, ServiceError
 from geosurge.images import DEFAULT_LIMITS, OWN_LIMITS, ImageLimits
 from geosurge.location import LocateOptions, Location
 from geosurge.preprocessing import Preprocessing
@@ -102,14 +102,27 @@ class LocalBackend:
         return self.locator.limits
 
     def locate(self, queries: Sequence[Query], options: LocateOptions) -> list[Location | GeoSurgeError]:
-        """Locates a batch of canonical pixels; each gets the same answer whatever the others are."""
-        pixels = np.zeros((self.batch_size, *np.shape(queries[0])), dtype=np.uint8)
+        """Locates canonical pixels, in whole batches; each gets the same answer whatever the others are.
+
+        Raises:
+            EncoderError: The GPU has too little memory for a batch.
+        """
+        from torch import OutOfMemoryError  # noqa: PLC0415 - as in `open_index`
+
         # Batches of other sizes are computed by other kernels, which round differently: a run that was interrupted, and
         # so had other batches, would end with other last digits.
+        whole = -(-len(queries) // self.batch_size) * self.batch_size
+        pixels = np.zeros((whole, *np.shape(queries[0])), dtype=np.uint8)
         pixels[: len(queries)] = np.stack([np.asarray(query) for query in queries])
         with self._encoding:
             begun = time.perf_counter()
-            embeddings = self.locator.encode(pixels)[: len(queries)]
+            try:
+                embeddings = self.locator.encode(pixels)[: len(queries)]
+            except OutOfMemoryError as error:
+                raise EncoderError(
+                    f"encoding {self.batch_size} pictures takes more memory than the GPU has free; give a smaller "
+                    "--batch-size: what has been located is kept"
+                ) from error
             encode_ms = 1000 * (time.perf_counter() - begun)
         with self._searching:
             answers = self.locator.locate_embeddings(embeddings, [options] * len(queries))
@@ -164,7 +177,7 @@ def open_index(index: Path, device: str, batch_size: int) -> Iterator[LocalBacke
     Args:
         index: A bundle, or a store, whose active bundle is opened.
         device: Where encoder and index live.
-        batch_size: Pictures encoded together.
+        batch_size: Pictures encoded together at most (see `geosurge.encoder.model.ImageEncoder.useful_batch_size`).
 
     Raises:
         EncoderMissingError: The index answers embeddings only.
@@ -173,9 +186,7 @@ def open_index(index: Path, device: str, batch_size: int) -> Iterator[LocalBacke
     from geosurge.locator import Locator  # noqa: PLC0415 - without it, neither torch nor FAISS is needed
 
     with Locator.open(index, device, limits=OWN_LIMITS) as locator:
-        backend = LocalBackend(locator, batch_size)
-        _ = backend.preprocessing
-        yield backend
+        yield LocalBackend(locator, locator.encoder.useful_batch_size(batch_size))
 
 
 @contextlib.contextmanager

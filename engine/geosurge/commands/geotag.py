@@ -140,7 +140,7 @@ def geotag(
         str | None,
         typer.Option(help="Where encoder and index live: cpu (the default), cuda or cuda:N."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Pictures encoded together.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Pictures encoded together at most.")] = 32,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that decode; one for each core by default.")
     ] = None,

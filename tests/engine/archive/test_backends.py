@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.bad_archive import bomb, picture
 from support.bundles import make_bundle, make_store, tiny_encoder
 from support.servers import background_server, settings_for
 
 from geosurge.archive.backends import Backend, LocalBackend, Query, ServerBackend, open_index, open_server
+from geosurge.encoder import ImageEncoder
 from geosurge.errors import (
     BundleNotFoundError,
+    EncoderError,
     EncoderMissingError,
     GeoSurgeError,
     ImageTooManyPixelsError,
@@ -73,6 +76,30 @@ def test_an_answer_does_not_depend_on_the_batch_to_the_last_digit(local: Backend
         together = [numbers(each) for each in local.locate(queries[:size], OPTIONS)]
         assert together == alone[:size]
     assert len(set(alone)) > 1
+
+
+def test_a_large_encoder_gets_the_batches_that_it_wants_whatever_is_asked_for(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageEncoder, "useful_batch_size", lambda _, limit: min(limit, 2))
+    with open_index(bundle, "cpu", 4) as backend:
+        assert backend.batch_size == 2
+        queries = decoded(backend, IMAGES)
+        alone = [numbers(backend.locate([query], OPTIONS)[0]) for query in queries]
+        assert [numbers(each) for each in backend.locate(queries, OPTIONS)] == alone
+    with open_index(bundle, "cpu", 1) as backend:
+        assert backend.batch_size == 1
+
+
+def test_a_batch_that_the_gpu_has_no_room_for_ends_the_run_with_what_to_do(
+    local: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(pixels: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(local.locator, "encode", encode)
+    with pytest.raises(EncoderError, match=r"encoding 4 pictures takes more memory .*; give a smaller --batch-size"):
+        local.locate(decoded(local, IMAGES[:2]), OPTIONS)
 
 
 def test_a_batch_is_searched_while_the_next_is_encoded(local: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,34 @@ def test_a_long_run_of_copies_does_not_wait_for_a_batch_to_fill(
     assert ledger.counts() == {Status.DONE: 60}
 
 
+@dataclass(frozen=True)
+class Encoded(WatchedBackend):
+    """Wants encoded pictures, as a server does."""
+
+    @property
+    def preprocessing(self) -> None:  # type: ignore[override]
+        """Decodes by itself."""
+
+    def locate(self, queries: Sequence[Query], options: LocateOptions) -> list[Location | GeoSurgeError]:
+        return super().locate([self.locator.preprocess(bytes(query)) for query in queries], options)
+
+
+def test_encoded_pictures_are_sent_in_batches_of_so_many_bytes_and_pixels_are_not(
+    folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locating, "_MAX_BATCH_BYTES", 1)
+    add(folder, range(8))
+    prepare(ledger, pool, folder)
+    backend = WatchedBackend(locator, 4)
+    assert locate(ledger, pool, backend) == 8
+    assert backend.batches == [4, 4]
+    add(folder, range(100, 103))
+    prepare(ledger, pool, folder)
+    server = Encoded(locator, 4)
+    assert locate(ledger, pool, server) == 3
+    assert server.batches == [1, 1, 1]
+
+
 def test_what_is_located_already_or_cannot_be_is_left_out(
     folder: Path, ledger: Ledger, pool: TaskPool, locator: Locator
 ) -> None:
