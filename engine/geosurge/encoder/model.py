@@ -381,12 +381,8 @@ class ImageEncoder(nn.Module):
                 encoder = cls(config)
         except EncoderError as error:
             raise EncoderError(f"encoder in {directory}: {error}") from error
-        wanted = encoder.state_dict()
-        widened = {
-            name: tensor.to(wanted[name].dtype) if name in wanted else tensor for name, tensor in weights.items()
-        }
         try:
-            encoder.load_state_dict(widened)
+            encoder.load_state_dict(weights)
         except RuntimeError as error:
             raise EncoderError(f"encoder in {directory}: weights do not fit the configuration: {error}") from error
         # The convolutions' weights too: in another layout they are rearranged at every call.
