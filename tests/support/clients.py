@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from support.servers import embedding, encoded_image
 
 from geosurge.client import Query
@@ -54,3 +56,14 @@ def queries(directory: Path) -> tuple[list[Query], list[type]]:
         (b"no image", ImageNotDecodableError),
     ] * 5
     return [query for query, _ in pairs], [kind for _, kind in pairs]
+
+
+def ended_streams(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
+    """Codes with which a server of this process logged that streams ended; waits for so many."""
+    give_up = time.monotonic() + 30
+    while True:
+        calls = [vars(record) for record in caplog.records]
+        codes = [call["code"] for call in calls if str(call.get("method", "")).endswith("/LocateStream")]
+        if len(codes) >= count or time.monotonic() > give_up:
+            return codes
+        time.sleep(0.01)

@@ -24,7 +24,7 @@ from geosurge.client.requests import (
     path_request,
     stream_entry,
 )
-from geosurge.client.streams import async_stream_messages, message_to_outcome, read_answers
+from geosurge.client.streams import async_stream_messages, finish_answers, message_to_outcome, read_answers
 from geosurge.description import Cell, ServerInfo
 from geosurge.errors import GeoSurgeError
 from geosurge.location import LocateOptions, Location
@@ -121,6 +121,8 @@ class AsyncClient:
                 await feed.pop()
                 attempts.succeed()
                 yield message_to_outcome(results.popleft())
+            if stream is not None:
+                await finish_answers(stream)
         finally:
             feed.close()
             if stream is not None:

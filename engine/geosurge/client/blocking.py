@@ -221,6 +221,8 @@ class Client:
                 feed.pop()
                 attempts.succeed()
                 yield message_to_outcome(result)
+            if stream is not None:
+                stream.finish()
         finally:
             if stream is not None:
                 stream.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +20,9 @@ from geosurge.wire import response_to_location, status_to_error
 _MESSAGE_BYTES: Final = 1 << 16
 """Requests of a stream share a message up to this size; a large image has one for itself."""
 
+_FINISH_SECONDS: Final = 1.0
+"""Time that the server has to end a stream that has been answered."""
+
 
 class AnswerStream:
     """One connection of `Client.locate_many`. A thread receives, so that the consumer can give up waiting."""
@@ -26,7 +30,8 @@ class AnswerStream:
     def __init__(self, method: Any, messages: Iterator[geolocation_pb2.LocateStreamRequest]) -> None:  # noqa: ANN401
         self._call = method(messages)
         self._received: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._receive, name="geosurge-receive", daemon=True).start()
+        self._receiver = threading.Thread(target=self._receive, name="geosurge-receive", daemon=True)
+        self._receiver.start()
 
     def read(self, timeout_seconds: float) -> geolocation_pb2.LocateResult:
         """The next answer.
@@ -44,6 +49,10 @@ class AnswerStream:
         result: geolocation_pb2.LocateResult = received
         return result
 
+    def finish(self) -> None:
+        """Lets the server end a stream that has been answered, which it would otherwise count as cancelled."""
+        self._receiver.join(_FINISH_SECONDS)
+
     def close(self) -> None:
         """Ends the connection."""
         self._call.cancel()
@@ -56,6 +65,13 @@ class AnswerStream:
             self._received.put(ended_early())
         except grpc.RpcError as error:
             self._received.put(error)
+
+
+async def finish_answers(stream: Any) -> None:  # noqa: ANN401
+    """As `AnswerStream.finish`, of an asynchronous stream."""
+    with contextlib.suppress(TimeoutError, grpc.RpcError):
+        async with asyncio.timeout(_FINISH_SECONDS):
+            await stream.code()
 
 
 async def read_answers(stream: Any, timeout_seconds: float) -> geolocation_pb2.LocateStreamResponse:  # noqa: ANN401

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.clients import free_port, queries, without_timings
+from support.clients import ended_streams, free_port, queries, without_timings
 from support.servers import background_server, embedding, encoded_image, settings_for
 
 from geosurge.client import AsyncClient, Client, Query, RetryPolicy
@@ -38,6 +38,16 @@ async def test_an_asynchronous_stream_outlasts_it_too_and_ends_at_its_timeout(bu
                     answers.append(answer)  # noqa: PERF401
         starting.join()
         assert [type(answer) for answer in answers] == [Location] * 20
+
+
+async def test_an_answered_asynchronous_stream_counts_as_a_call_that_succeeded(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "geosurge.server.interceptors")
+    async with AsyncClient(address) as client:
+        for seed in range(20):
+            assert len([answer async for answer in client.locate_many([encoded_image(seed)])]) == 1
+    assert await asyncio.to_thread(ended_streams, caplog, 20) == ["OK"] * 20
 
 
 async def test_the_asynchronous_client_does_the_same(address: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.clients import MAX_IMAGE_BYTES, free_port, queries, without_timings
+from support.clients import MAX_IMAGE_BYTES, ended_streams, free_port, queries, without_timings
 from support.servers import background_server, embedding, encoded_image, settings_for
 
 from geosurge.client import AsyncClient, Client, Query, RetryPolicy
@@ -62,6 +62,16 @@ def test_many_answers_come_in_order_and_bad_ones_cost_themselves_alone(client: C
         answer = answers[position]
         assert isinstance(answer, Location)
         assert answer.path[-1].token == alone.path[-1].token
+
+
+def test_an_answered_stream_counts_as_a_call_that_succeeded(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "geosurge.server.interceptors")
+    for seed in range(20):
+        (answer,) = client.locate_many([encoded_image(seed)])
+        assert isinstance(answer, Location)
+    assert ended_streams(caplog, 20) == ["OK"] * 20
+    next(client.locate_many(encoded_image(seed) for seed in range(1000)))
+    assert ended_streams(caplog, 21)[-1] == "CANCELLED", "one whose answers nobody wants any more"
 
 
 def test_no_queries_give_no_answers(client: Client) -> None:
