@@ -11,7 +11,7 @@ The tree has seven groups, and each class carries what every caller needs to act
 | `InputError` | one input cannot be answered; the next one can | 1 |
 | `UsageError` | a setting, a flag or a recipe is wrong | 2 |
 | `BundleError` | an index bundle or store cannot be used | 3 |
-| `EncoderError` | an encoder cannot be built or loaded | 3 |
+| `EncoderError` | an encoder cannot be built, loaded or run | 3 |
 | `VersionError` | an index version cannot be loaded, activated or unloaded as asked | 3 |
 | `LedgerError` | the ledger of an archive cannot be used | 3 |
 | `ServiceError` | the engine is busy, stopping or unreachable | 3 |

@@ -138,14 +138,13 @@ def opened_backend(index: Path, device: str, encoder: str) -> Iterator[LocalBack
 
 def measure(folder: Path, backend: LocalBackend, count: int, rounds: int) -> dict[str, float]:
     files = sorted(folder.iterdir())
-    batch_size = backend.batch_size
-    pixels = np.stack([backend.locator.preprocess(path.read_bytes()) for path in files[:batch_size]])
+    pixels = np.stack([backend.locator.preprocess(path.read_bytes()) for path in files[: backend.batch_size]])
     backend.locator.encode(pixels)
     rates: dict[str, list[float]] = {name: [] for name in ("run", "encoder", "decoder", "loop")}
     for _ in range(rounds):
-        encoder_batches = max(min(8, count // batch_size), count // batch_size // 4)
+        encoder_batches = max(1, min(8, count // len(pixels)), count // len(pixels) // 4)
         seconds = seconds_of(lambda: [backend.locator.encode(pixels) for _ in range(encoder_batches)])  # noqa: B023
-        rates["encoder"].append(encoder_batches * batch_size / seconds)
+        rates["encoder"].append(encoder_batches * len(pixels) / seconds)
         rates["decoder"].append(count / seconds_of(lambda: decode_all(folder, backend)))
         rates["run"].append(count / seconds_of(lambda: run_once(folder, backend)))
         few = files[:LOOP_PICTURES]

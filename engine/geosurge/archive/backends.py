@@ -113,7 +113,7 @@ class LocalBackend:
         # so had other batches, would end with other last digits.
         whole = -(-len(queries) // self.batch_size) * self.batch_size
         pixels = np.zeros((whole, *np.shape(queries[0])), dtype=np.uint8)
-        pixels[: len(queries)] = np.stack([np.asarray(query) for query in queries])
+        np.stack([np.asarray(query) for query in queries], out=pixels[: len(queries)])
         with self._encoding:
             begun = time.perf_counter()
             try:
@@ -121,7 +121,7 @@ class LocalBackend:
             except OutOfMemoryError as error:
                 raise EncoderError(
                     f"encoding {self.batch_size} pictures takes more memory than the GPU has free; give a smaller "
-                    "--batch-size: what has been located is kept"
+                    "--batch-size, or --device cpu: what has been located is kept"
                 ) from error
             encode_ms = 1000 * (time.perf_counter() - begun)
         with self._searching:

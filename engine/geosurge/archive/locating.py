@@ -75,7 +75,7 @@ class _Batch:
         self.hashes.append(content_hash)
         self.queries.append(decoded.query)
         self.decode_ms.append(decoded.decode_ms)
-        # Pixels are as many in every batch.
+        # Pixels are bounded by the batch size.
         self.byte_count += len(decoded.query) if isinstance(decoded.query, bytes) else 0
 
 

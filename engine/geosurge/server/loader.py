@@ -210,7 +210,7 @@ class Loader:
 
 
 def warm_up(locator: Locator, batch_size: int, *, encode: bool = True) -> None:
-    """Locates one query and a batch, so that the first requests do not pay for allocations and caches.
+    """Encodes and searches one query and a batch, so that the first requests do not pay for allocations and caches.
 
     Args:
         locator: What to warm up.
@@ -221,14 +221,13 @@ def warm_up(locator: Locator, batch_size: int, *, encode: bool = True) -> None:
         GeoSurgeError: A query was not answered.
     """
     query = warm_up_query(locator)
-    for most in (1, batch_size):
-        if encode and isinstance(query, bytes):
-            size = locator.encoder.useful_batch_size(most)
-            embeddings = locator.encode(np.repeat(locator.preprocess(query)[np.newaxis], size, axis=0))
-        else:
-            size = most
-            embeddings = np.ones((size, locator.manifest.dimension), dtype=np.float32)
-        for outcome in locator.locate_embeddings(embeddings, [LocateOptions()] * size):
+    embedding = np.ones((1, locator.manifest.dimension), dtype=np.float32)
+    if encode and isinstance(query, bytes):
+        pixels = locator.preprocess(query)[np.newaxis]
+        for size in sorted({1, locator.encoder.useful_batch_size(batch_size)}):
+            embedding = locator.encode(np.repeat(pixels, size, axis=0))[:1]
+    for size in (1, batch_size):
+        for outcome in locator.locate_embeddings(np.repeat(embedding, size, axis=0), [LocateOptions()] * size):
             if isinstance(outcome, GeoSurgeError):
                 raise outcome
 

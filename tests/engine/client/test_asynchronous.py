@@ -45,9 +45,9 @@ async def test_an_answered_asynchronous_stream_counts_as_a_call_that_succeeded(
 ) -> None:
     caplog.set_level("INFO", "geosurge.server.interceptors")
     async with AsyncClient(address) as client:
-        for seed in range(20):
+        for seed in range(60):
             assert len([answer async for answer in client.locate_many([encoded_image(seed)])]) == 1
-    assert await asyncio.to_thread(ended_streams, caplog, 20) == ["OK"] * 20
+    assert await asyncio.to_thread(ended_streams, caplog, 60) == ["OK"] * 60
 
 
 async def test_the_asynchronous_client_does_the_same(address: str, tmp_path: Path) -> None:

@@ -66,12 +66,12 @@ def test_many_answers_come_in_order_and_bad_ones_cost_themselves_alone(client: C
 
 def test_an_answered_stream_counts_as_a_call_that_succeeded(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "geosurge.server.interceptors")
-    for seed in range(20):
+    for seed in range(60):
         (answer,) = client.locate_many([encoded_image(seed)])
         assert isinstance(answer, Location)
-    assert ended_streams(caplog, 20) == ["OK"] * 20
+    assert ended_streams(caplog, 60) == ["OK"] * 60
     next(client.locate_many(encoded_image(seed) for seed in range(1000)))
-    assert ended_streams(caplog, 21)[-1] == "CANCELLED", "one whose answers nobody wants any more"
+    assert ended_streams(caplog, 61)[-1] == "CANCELLED", "one whose answers nobody wants any more"
 
 
 def test_no_queries_give_no_answers(client: Client) -> None:

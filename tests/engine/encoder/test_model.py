@@ -390,7 +390,9 @@ def test_too_few_and_too_many_weights_are_refused(saved: Path, change: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_full_size_encoder_has_the_published_number_of_parameters_and_runs() -> None:
+def test_the_full_size_encoder_has_the_published_number_of_parameters_and_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     built = ImageEncoder(EncoderConfig.full_size())
     counts = built.parameter_counts()
     # OpenAI's ViT-L/14-336 has 303.5 million parameters without its text tower, OneFormer's Swin-L 219 million.
@@ -399,7 +401,9 @@ def test_the_full_size_encoder_has_the_published_number_of_parameters_and_runs()
         assert f"{count:,}" in (ImageEncoder.__doc__ or "")
     assert (built.vision.grid, built.vision.token_count, built.vision.width) == ((24, 24), 577, 1024)
     assert (built.dimension, built.image_size) == (768, 640)
-    assert built.useful_batch_size(32) == min(32, -(-256 * torch.get_num_threads() // 577))
     v = built.encode(random_pixels(1, 640))
     assert v.shape == (1, 768)
     np.testing.assert_allclose(np.linalg.norm(v), 1.0, atol=1e-5)
+    for threads, images in [(1, 1), (2, 1), (4, 2), (16, 8), (64, 29), (96, 32)]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert built.useful_batch_size(32) == images

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -15,8 +16,15 @@ from support.processes import wait_until
 
 from geosurge.errors import BundlePartialError, LoadImpossibleError
 from geosurge.images import DEFAULT_LIMITS
+from geosurge.locator import Locator
 from geosurge.server.handle import LoadProgress
-from geosurge.server.loader import Loader, _private_directory, _remove_abandoned_copies, control_group_headrooms
+from geosurge.server.loader import (
+    Loader,
+    _private_directory,
+    _remove_abandoned_copies,
+    control_group_headrooms,
+    warm_up,
+)
 
 
 def use_all_cores() -> None:
@@ -42,6 +50,22 @@ async def test_only_the_thread_that_encodes_keeps_a_team_of_openmp(tmp_path: Pat
             await loader.close(handle)
         finally:
             loader.stop()
+
+
+@pytest.mark.parametrize(("useful", "encoded"), [(1, [1]), (3, [1, 3]), (8, [1, 4])])
+def test_a_warm_up_encodes_what_the_encoder_will_get_and_searches_a_whole_batch(
+    useful: int, encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Locator.open(make_bundle(tmp_path / "tiny", encoder=tiny_encoder())) as locator:
+        encode, search = Mock(wraps=locator.encode), Mock(wraps=locator.locate_embeddings)
+        monkeypatch.setattr(locator, "encode", encode)
+        monkeypatch.setattr(locator, "locate_embeddings", search)
+        monkeypatch.setattr(locator.encoder, "useful_batch_size", lambda limit: min(limit, useful))
+        warm_up(locator, 4)
+        assert [len(call.args[0]) for call in encode.mock_calls] == encoded
+        assert [len(call.args[0]) for call in search.mock_calls] == [1, 4]
+        warm_up(locator, 4, encode=False)
+        assert (encode.call_count, search.call_count) == (len(encoded), 4)
 
 
 def test_every_control_group_with_a_limit_counts_and_cached_files_are_free(tmp_path: Path) -> None:
