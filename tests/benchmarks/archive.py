@@ -51,6 +51,7 @@ from geosurge.archive.pool import TaskPool
 from geosurge.archive.run import Job, Plan, run
 from geosurge.archive.sources import scan
 from geosurge.archive.tasks import Decode
+from geosurge.bundle import open_bundle
 from geosurge.commands.demo_steps import default_views
 from geosurge.encoder import EncoderConfig, FusionConfig, ImageEncoder
 from geosurge.images import OWN_LIMITS
@@ -117,22 +118,14 @@ def decode_all(folder: Path, backend: LocalBackend) -> None:
 
 @contextlib.contextmanager
 def opened_backend(index: Path, device: str, encoder: str) -> Iterator[LocalBackend]:
-    with open_index(index, device, BATCH_SIZE) as backend:
-        if encoder == "index":
+    if encoder == "index":
+        with open_index(index, device, BATCH_SIZE) as backend:
             yield backend
-            return
-        own = backend.locator
-        config = replace(EncoderConfig.full_size(), fusion=FusionConfig(dimension=own.manifest.dimension))
-        full = ImageEncoder(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        locator = Locator(
-            own.manifest,
-            own.tree,
-            own.index,
-            full,
-            calibration=own.calibration,
-            gallery=own.gallery,
-            limits=OWN_LIMITS,
-        )
+        return
+    bundle = open_bundle(index)
+    config = replace(EncoderConfig.full_size(), fusion=FusionConfig(dimension=bundle.manifest.dimension))
+    full = ImageEncoder(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with Locator.assemble(bundle, full, device, limits=OWN_LIMITS) as locator:
         yield LocalBackend(locator, full.useful_batch_size(BATCH_SIZE))
 
 

@@ -51,6 +51,8 @@ from support.processes import ServerProcess, index_client, server_process
 MB = 1e6
 FIRST, SECOND = "first", "second"
 STAGES = ("decode", "encode", "search")
+_PATIENCE_SECONDS = 1800.0
+"""A large encoder takes seconds an image on a CPU, and each waits for all others."""
 
 
 def manifest_sizes(manifest: Manifest) -> dict[str, float]:
@@ -108,7 +110,11 @@ def measure(bundle: Path, images: int) -> dict[str, float]:
                 "threads": process.num_threads(),
             }
             pictures = [path.read_bytes() for path in sorted(default_views().glob("*.jpg"))]
-            with Client(server.address) as client, ThreadPoolExecutor(settings.max_concurrent_requests) as pool:
+            clients = settings.max_concurrent_requests
+            with (
+                Client(server.address, timeout_seconds=_PATIENCE_SECONDS) as client,
+                ThreadPoolExecutor(clients) as pool,
+            ):
                 before, cpu_before = stage_seconds(server), cpu_seconds(process)
                 list(pool.map(client.locate, (pictures[number % len(pictures)] for number in range(images))))
                 cpu_after, after = cpu_seconds(process), stage_seconds(server)

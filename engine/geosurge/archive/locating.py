@@ -76,7 +76,8 @@ class _Batch:
         self.queries.append(decoded.query)
         self.decode_ms.append(decoded.decode_ms)
         # Pixels are bounded by the batch size.
-        self.byte_count += len(decoded.query) if isinstance(decoded.query, bytes) else 0
+        if isinstance(decoded.query, bytes):
+            self.byte_count += len(decoded.query)
 
 
 def note_pictures(ledger: Ledger, found: Iterable[Found], progress: Progress) -> None:
