@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from geosurge.archive.rows import Position
 from geosurge.archive.tasks import Looked
@@ -49,6 +51,30 @@ class Crashing:
                 return Looked(None)
         os.kill(os.getpid(), self.signal)
         time.sleep(60)
+        return Looked(None)
+
+
+@dataclass(frozen=True)
+class Unlucky:
+    """Goes well, but the first processes that receive it end before they begin it.
+
+    Attributes:
+        folder: Where each of them leaves a file.
+    """
+
+    times: ClassVar[int] = 3
+
+    key: int
+    folder: Path
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        for number in range(self.times):
+            with contextlib.suppress(FileExistsError):
+                (self.folder / str(number)).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def run(self) -> Looked:
         return Looked(None)
 
 

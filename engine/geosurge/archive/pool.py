@@ -2,7 +2,8 @@
 
 A codec may crash its process, or be killed for the memory that it takes. The pool then starts another process, gives
 the picture that was being worked on one more try, and fails it when that process ends too. A picture that takes
-`MAX_SECONDS` fails likewise.
+`MAX_SECONDS` fails likewise. Those that a process had at hand and had not begun are no suspects, whatever ended it: a
+process leaves a byte in a pipe for each task that it begins.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _QUEUED_TASKS: Final = 8
 """Tasks that each process has at hand, so that it never waits for the next."""
 
 _TRIES: Final = 2
-_MAX_FAILED_STARTS: Final = 5
+_MAX_IDLE_LOST: Final = 5
+"""Processes in a row that may end before they begin a picture."""
+
 _WATCH_SECONDS: Final = 1.0
 _NICENESS: Final = 5
 
@@ -53,17 +56,19 @@ class _Worker:
         """Starts the process."""
         self.tasks: deque[Task] = deque()
         self.head_since = time.monotonic()
-        self.is_ready = False
         self.pipe, theirs = Pipe()
-        program = f"from geosurge.archive.pool import work; work({theirs.fileno()})"
+        self._begun, theirs_begun = Pipe(duplex=False)
+        descriptors = theirs.fileno(), theirs_begun.fileno()
+        program = f"from geosurge.archive.pool import work; work{descriptors}"
         self.process = subprocess.Popen(  # noqa: S603 - the interpreter that runs this
             [sys.executable, "-c", program],
-            pass_fds=[theirs.fileno()],
+            pass_fds=descriptors,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             # Ctrl-C is for the process that uses the pool, which ends this one; even while it starts it would complain.
             process_group=0,
         )
         theirs.close()
+        theirs_begun.close()
 
     def give(self, task: Task) -> None:
         """Asks for one thing more."""
@@ -83,15 +88,20 @@ class _Worker:
         outcome: Outcome | None = self.pipe.recv()
         self.head_since = time.monotonic()
         if outcome is None:
-            self.is_ready = True
             return None
+        os.read(self._begun.fileno(), 1)
         return self.tasks.popleft().key, outcome
+
+    def has_begun(self) -> bool:
+        """Whether it has begun the first of its tasks, as far as outcomes have been taken."""
+        return self._begun.poll() and os.read(self._begun.fileno(), 1) != b""
 
     def stop(self) -> None:
         """Ends the process, whatever it does."""
         self.process.kill()
         self.process.wait()
         self.pipe.close()
+        self._begun.close()
 
 
 class TaskPool:
@@ -107,7 +117,7 @@ class TaskPool:
         self._workers: list[_Worker] = []
         # Kept, because making one for every outcome costs as much as receiving it.
         self._selector = selectors.DefaultSelector()
-        self._failed_starts = 0
+        self._idle_lost = 0
 
     def __enter__(self) -> Self:
         return self
@@ -143,24 +153,21 @@ class TaskPool:
                 try:
                     taken = worker.take()
                 except (EOFError, OSError):
-                    ended = worker.process.wait()
-                    if not worker.is_ready:
-                        self._failed_start(worker, f"ended when they started (exit code {ended})")
-                        again.extend(worker.tasks)
+                    code = worker.process.wait()
+                    if not worker.has_begun():
+                        self._lose_idle(worker, f"ended before they began a picture (exit code {code})", again)
                     else:
-                        yield from self._lose(
-                            worker, f"ended the process that decoded it (exit code {ended})", tries, again
-                        )
+                        what = f"ended the process that decoded it (exit code {code})"
+                        yield from self._lose_working(worker, what, tries, again)
                 else:
                     if taken is not None:
-                        self._failed_starts = 0
+                        self._idle_lost = 0
                         yield taken
             for worker in self._overdue():
-                if not worker.is_ready:
-                    self._failed_start(worker, f"were not ready after {MAX_SECONDS:.0f} s")
-                    again.extend(worker.tasks)
-                    continue
-                yield from self._lose(worker, f"took more than {MAX_SECONDS:.0f} s", tries, again)
+                if not worker.has_begun():
+                    self._lose_idle(worker, f"had not begun a picture after {MAX_SECONDS:.0f} s", again)
+                else:
+                    yield from self._lose_working(worker, f"took more than {MAX_SECONDS:.0f} s", tries, again)
 
     def _overdue(self) -> list[_Worker]:
         """Processes that have worked on one picture, or started, for too long."""
@@ -169,13 +176,11 @@ class TaskPool:
         # The outcome may have come while whoever takes the outcomes was busy.
         return [worker for worker in late if not worker.pipe.poll()]
 
-    def _lose(
+    def _lose_working(
         self, worker: _Worker, what: str, tries: Counter[int], again: deque[Task]
     ) -> Iterator[tuple[int, Outcome]]:
         """Drops a process for what it did to the first of its tasks, which gets one more try; yields its failure."""
         self._drop(worker)
-        if not worker.tasks:
-            return
         suspect = worker.tasks.popleft()
         again.extend(worker.tasks)
         tries[suspect.key] += 1
@@ -199,18 +204,19 @@ class TaskPool:
                 self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
             worker.give(task)
 
-    def _failed_start(self, worker: _Worker, what: str) -> None:
-        """Drops a process that did not come to doing anything, as the system may have it when memory is short.
+    def _lose_idle(self, worker: _Worker, what: str, again: deque[Task]) -> None:
+        """Drops a process that worked on nothing, as the system may end it when memory is short.
 
         Raises:
-            StageCrashedError: It was not the first in a row.
+            StageCrashedError: Too many did so in a row.
         """
         self._drop(worker)
-        self._failed_starts += 1
-        if self._failed_starts >= _MAX_FAILED_STARTS:
+        again.extend(worker.tasks)
+        self._idle_lost += 1
+        if self._idle_lost >= _MAX_IDLE_LOST:
             raise StageCrashedError(
-                f"{_MAX_FAILED_STARTS} decoding processes in a row {what}; what they printed, or how busy this machine "
-                "is, says why"
+                f"{_MAX_IDLE_LOST} decoding processes in a row {what}; what they printed, or how busy this "
+                "machine is, says why"
             )
 
     def _drop(self, worker: _Worker) -> None:
@@ -219,17 +225,23 @@ class TaskPool:
         self._workers.remove(worker)
 
 
-def work(descriptor: int) -> None:
-    """What a process of the pool does, until the other end of its pipe is closed."""
+def work(pipe_descriptor: int, begun_descriptor: int) -> None:
+    """What a process of the pool does, until the other end of its pipe is closed.
+
+    Args:
+        pipe_descriptor: The pipe.
+        begun_descriptor: Where it leaves a byte for each task that it begins.
+    """
     # The encoder goes first where both want a core.
     os.nice(_NICENESS)
     _limit_memory()
     # What Pillow has to say about damaged metadata is no news to the owner of a million pictures.
     warnings.simplefilter("ignore")
-    with contextlib.suppress(EOFError, BrokenPipeError), Connection(descriptor) as pipe:
+    with contextlib.suppress(EOFError, BrokenPipeError), Connection(pipe_descriptor) as pipe:
         pipe.send(None)
         while True:
             task: Task = pipe.recv()
+            os.write(begun_descriptor, b"!")
             try:
                 outcome = task.run()
             except GeoSurgeError as error:
