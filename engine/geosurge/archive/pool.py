@@ -93,7 +93,7 @@ class _Worker:
         return self.tasks.popleft().key, outcome
 
     def has_begun(self) -> bool:
-        """Whether it has begun the first of its tasks, as far as outcomes have been taken."""
+        """Whether it has begun the first of its tasks; asked once, before it is stopped, because the byte is read."""
         return self._begun.poll() and os.read(self._begun.fileno(), 1) != b""
 
     def stop(self) -> None:
