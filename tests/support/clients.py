@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.processes import wait_until
 from support.servers import embedding, encoded_image
 
 from geosurge.client import Query
@@ -60,10 +60,10 @@ def queries(directory: Path) -> tuple[list[Query], list[type]]:
 
 def ended_streams(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
     """Codes with which a server of this process logged that streams ended; waits for so many."""
-    give_up = time.monotonic() + 30
-    while True:
+
+    def ended() -> list[str]:
         calls = [vars(record) for record in caplog.records]
         codes = [call["code"] for call in calls if str(call.get("method", "")).endswith("/LocateStream")]
-        if len(codes) >= count or time.monotonic() > give_up:
-            return codes
-        time.sleep(0.01)
+        return codes if len(codes) >= count else []
+
+    return wait_until(ended, f"{count} streams end")
