@@ -140,7 +140,7 @@ class TaskPool:
             The key of a task and what came of it, in the order in which they end. Stopping early leaves tasks undone.
 
         Raises:
-            StageCrashedError: A process cannot be started.
+            StageCrashedError: Processes end, or stand still, time after time before they begin a picture.
         """
         source, tries = iter(tasks), Counter[int]()
         again: deque[Task] = deque()
@@ -176,6 +176,21 @@ class TaskPool:
         # The outcome may have come while whoever takes the outcomes was busy.
         return [worker for worker in late if not worker.pipe.poll()]
 
+    def _lose_idle(self, worker: _Worker, what: str, again: deque[Task]) -> None:
+        """Drops a process that worked on nothing, as the system may end it when memory is short.
+
+        Raises:
+            StageCrashedError: Too many did so in a row.
+        """
+        self._drop(worker)
+        again.extend(worker.tasks)
+        self._idle_lost += 1
+        if self._idle_lost >= _MAX_IDLE_LOST:
+            raise StageCrashedError(
+                f"{_MAX_IDLE_LOST} decoding processes in a row {what}; what they printed, or how busy this "
+                "machine is, says why"
+            )
+
     def _lose_working(
         self, worker: _Worker, what: str, tries: Counter[int], again: deque[Task]
     ) -> Iterator[tuple[int, Outcome]]:
@@ -203,21 +218,6 @@ class TaskPool:
                 self._workers.append(worker)
                 self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
             worker.give(task)
-
-    def _lose_idle(self, worker: _Worker, what: str, again: deque[Task]) -> None:
-        """Drops a process that worked on nothing, as the system may end it when memory is short.
-
-        Raises:
-            StageCrashedError: Too many did so in a row.
-        """
-        self._drop(worker)
-        again.extend(worker.tasks)
-        self._idle_lost += 1
-        if self._idle_lost >= _MAX_IDLE_LOST:
-            raise StageCrashedError(
-                f"{_MAX_IDLE_LOST} decoding processes in a row {what}; what they printed, or how busy this "
-                "machine is, says why"
-            )
 
     def _drop(self, worker: _Worker) -> None:
         self._selector.unregister(worker.pipe)
